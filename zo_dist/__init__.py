@@ -1,0 +1,26 @@
+"""Zeroth-order fine-tuning of language models on sharded processes, with forward passes only."""
+
+from __future__ import annotations
+
+from zo_dist.estimators import OneSided, TwoSided
+from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
+from zo_dist.rules import SGD
+from zo_dist.samplers import AdaLeZO, Dense, Uniform
+from zo_dist.selfcheck import SelfCheckError
+from zo_dist.tasks.scoring import causal_lm_loss, choice_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "AdaLeZO",
+    "Dense",
+    "NonFiniteLossError",
+    "OneSided",
+    "SelfCheckError",
+    "TwoSided",
+    "Uniform",
+    "ZeroOrder",
+    "causal_lm_loss",
+    "choice_loss",
+]

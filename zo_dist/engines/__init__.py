@@ -1,0 +1,19 @@
+"""Who holds the weights: one adapter per way of distributing a model, chosen in one place.
+
+Nothing else in the package imports `torch.distributed`, DeepSpeed or FSDP.
+"""
+
+from __future__ import annotations
+
+from zo_dist.engines.base import Engine, initialize_process_group, on_each_node_first
+from zo_dist.engines.ds_config import DsConfig, read_ds_config
+from zo_dist.engines.select import select
+
+__all__ = [
+    "DsConfig",
+    "Engine",
+    "initialize_process_group",
+    "on_each_node_first",
+    "read_ds_config",
+    "select",
+]

@@ -1,0 +1,146 @@
+"""What every engine is and does; also the few calls a launcher's script needs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from zo_dist.params import Param, Span
+
+T = TypeVar("T")
+
+
+class Engine:
+    """One way of holding a model's weights. One rank is N ranks with N = 1.
+
+    `module`: what a forward is called on. `rank`, `num_ranks`: over all processes that take rows.
+    `device`: where the model computes. Subclasses say which part of a parameter this rank holds.
+    """
+
+    name = "engine"
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module = module
+        self.device = device
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.num_ranks = dist.get_world_size() if distributed else 1
+        # Scalars go over gloo where there is one: reading them then waits for no GPU kernel.
+        self._scalar_device = torch.device("cpu")
+        if distributed and "gloo" not in str(dist.get_backend_config()):
+            self._scalar_device = device
+
+    def shape_of(self, param: nn.Parameter) -> torch.Size:
+        """The whole parameter's shape, whatever part is here."""
+        return param.shape
+
+    def spans(self, params: Iterable[Param]) -> list[Span]:
+        """The parts of `params` that this rank owns, as views that the next forward reads from.
+
+        A rank may own nothing of a parameter; then it has no span here.
+        """
+        spans = (self._span(p) for p in params)
+        return [s for s in spans if s is not None and s.flat.numel()]
+
+    def _span(self, param: Param) -> Span | None:
+        raise TypeError(f"{type(self).__name__} does not say which span of a parameter it holds")
+
+    def publish(self) -> None:
+        """Make the next forward see what was written to spans."""
+
+    def whole(self, param: Param) -> AbstractContextManager[Tensor]:
+        """Inside, the whole weight, to be read only. A collective: every rank must enter."""
+        return nullcontext(param.param.detach())
+
+    def exchange(self, values: Sequence[float] | Tensor) -> Tensor:
+        """float64 `[num_ranks, n]` on the CPU: every rank's `n` numbers, in rank order.
+
+        The one collective of a step besides weight gathers: 8 n bytes sent by each rank.
+        """
+        mine = torch.as_tensor(values, dtype=torch.float64).reshape(-1)
+        if self.num_ranks == 1:
+            return mine.cpu().unsqueeze(0)
+        mine = mine.to(self._scalar_device)
+        everyone = mine.new_empty(self.num_ranks * mine.numel())
+        dist.all_gather_into_tensor(everyone, mine)
+        return everyone.cpu().view(self.num_ranks, -1)
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum of float64 `values` over ranks, added in rank order: the same bits everywhere."""
+        everyone = self.exchange(values)
+        total = everyone[0].clone()
+        for row in everyone[1:]:
+            total += row
+        return total.view(values.shape)
+
+    def require_equal(self, what: str, settings: Mapping[str, object]) -> None:
+        """Raise ValueError on every rank if a setting differs between ranks, naming the settings."""
+        digests = [_digest(f"{key}={value!r}") for key, value in settings.items()]
+        everyone = self.exchange([float(len(digests)), float(_digest(repr(list(settings))))])
+        if bool((everyone != everyone[0]).any()):
+            raise ValueError(f"ranks disagree on which settings {what} has")
+        differs = (self.exchange([float(d) for d in digests]) != everyone.new_tensor(digests)).any(0)
+        differing = self.exchange(differs.to(torch.float64)).any(0)
+        names = [key for key, differ in zip(settings, differing.tolist(), strict=True) if differ]
+        if names:
+            raise ValueError(
+                f"ranks disagree on {what}: {', '.join(names)} must be the same on every rank "
+                f"(rank {self.rank} has {', '.join(f'{n}={settings[n]!r}' for n in names)})"
+            )
+
+    def together(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank has an error, so that none waits for one that left."""
+        failed = self.exchange([float(error is not None)]).flatten().nonzero().flatten().tolist()
+        if error is not None:
+            raise error
+        if failed:
+            raise ValueError(f"stopped because rank {failed[0]} failed; its log has the reason")
+
+
+def _digest(text: str) -> int:
+    """48 bits of `text`: exact in a float64."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
+
+
+def initialize_process_group(timeout_s: float = 600.0) -> torch.device:
+    """Join the process group the launcher set up (torchrun, deepspeed, accelerate); returns the device.
+
+    Without a launcher this is one process and no group is made. CPU tensors go over gloo, GPU
+    tensors over NCCL. A rank that dies makes the others fail after `timeout_s`, not wait for ever.
+    """
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return device
+
+
+def on_each_node_first(job: Callable[[], T]) -> T:
+    """Run `job` on the first rank of each node, then on the others: for downloads into a cache."""
+    if not dist.is_initialized():
+        return job()
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    error: Exception | None = None
+    result: list[T] = []
+    for turn in (True, False):
+        if first == turn and error is None:
+            try:
+                result.append(job())
+            except Exception as caught:
+                error = caught
+        failed = torch.tensor([float(error is not None)])
+        dist.all_reduce(failed)
+        if failed.item():
+            raise error or RuntimeError("another rank failed to prepare its files; see its log")
+    return result[0]

@@ -1,0 +1,95 @@
+"""Weights sharded by PyTorch FSDP2 (`fully_shard`), on a 1-D mesh or HSDP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from zo_dist.engines.base import Engine
+from zo_dist.params import Param, Span
+
+
+class FSDP2Engine(Engine):
+    """Row-sharded DTensors. A forward gathers each group once; a write goes to the local rows.
+
+    A group that stays unsharded after a forward (FSDP2 leaves the root so by default) would not see
+    a write, so `spans` and `publish` reshard first. Mixed precision and CPU offload work as they are:
+    the gather reads, casts and copies what was written. Raises ValueError for placements other than
+    `Shard(0)` and `Replicate`, and for parameters that no group manages.
+    """
+
+    name = "fsdp2"
+
+    def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, FSDPModule):
+            raise ValueError(
+                "parts of this model are sharded by fully_shard, but the model itself is not; call "
+                "fully_shard(model) last, after its layers"
+            )
+        self._groups = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        self._root = module
+        self._reshard()
+        for name, param in module.named_parameters():
+            if not isinstance(param, DTensor):
+                raise ValueError(f"parameter {name} is not sharded; do not pass it in ignored_params")
+            if not all(isinstance(p, Replicate) or p == Shard(0) for p in param.placements):
+                raise ValueError(
+                    f"parameter {name} is placed {param.placements}; only Shard(0) and Replicate "
+                    "(fully_shard's default, 1-D or HSDP mesh) can be trained"
+                )
+        first = next(module.parameters())
+        assert isinstance(first, DTensor)
+        mesh = first.device_mesh
+        device = torch.device(mesh.device_type)
+        if device.type != "cpu":
+            device = torch.device(device.type, torch.accelerator.current_device_index())
+        super().__init__(module, device)
+        if mesh.size() != self.num_ranks:
+            raise ValueError(
+                f"the model is sharded over {mesh.size()} of {self.num_ranks} processes; every "
+                "process must be on the mesh (use a 2-D HSDP mesh for replicas)"
+            )
+
+    def _reshard(self) -> None:
+        for group in self._groups:
+            group.reshard()
+
+    def spans(self, params: Iterable[Param]) -> list[Span]:
+        self._reshard()
+        return super().spans(params)
+
+    def _span(self, param: Param) -> Span | None:
+        owner, attribute = param.owners[0]
+        sharded = owner._parameters[attribute]
+        assert isinstance(sharded, DTensor)
+        local = sharded.to_local().detach()
+        return Span(param.name, local.reshape(-1), _first_row(sharded) * local[:1].numel())
+
+    def publish(self) -> None:
+        self._reshard()
+        # Forward-only use grows FSDP2's per-forward lists, which only a backward would clear.
+        self._root.reset_iter_state()
+
+    @contextmanager
+    def whole(self, param: Param) -> Iterator[Tensor]:
+        self._reshard()
+        owner, attribute = param.owners[0]
+        sharded = owner._parameters[attribute]
+        assert isinstance(sharded, DTensor)
+        yield sharded.full_tensor().detach()
+
+
+def _first_row(param: DTensor) -> int:
+    """The first row of this rank's shard; FSDP2 cuts dim 0 as `torch.chunk` does."""
+    for axis, placement in enumerate(param.placements):
+        if placement == Shard(0):
+            coordinate = param.device_mesh.get_coordinate()
+            assert coordinate is not None
+            rows, parts = param.shape[0], param.device_mesh.size(axis)
+            return min(coordinate[axis] * -(-rows // parts), rows)
+    return 0

@@ -1,0 +1,40 @@
+"""Which engine holds a model: the one place that decides."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from zo_dist.engines.base import Engine
+from zo_dist.params import unwrap
+
+
+def select(model: nn.Module) -> Engine:
+    """The engine of a plain module, DDP, a `fully_shard`-ed module or a DeepSpeed engine.
+
+    Raises ValueError, with the remedy, for what cannot be trained here: FSDP1, ZeRO-3 parameters
+    outside a DeepSpeed engine, ZeRO++ forms that hide or quantise the written shard.
+    """
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    from zo_dist.engines.fsdp2 import FSDP2Engine
+    from zo_dist.engines.replicated import ReplicatedEngine
+
+    module = unwrap(model)
+    if any(isinstance(m, FullyShardedDataParallel) for m in module.modules()):
+        raise ValueError(
+            "this model is wrapped in FullyShardedDataParallel (FSDP1), whose flattened parameters "
+            "have no names of their own; shard it with torch.distributed.fsdp.fully_shard (FSDP2) "
+            "(in accelerate: fsdp_version: 2)"
+        )
+    if type(model).__name__ == "DeepSpeedEngine":
+        from zo_dist.engines.deepspeed import zero_engine
+
+        return zero_engine(model)
+    if any(hasattr(p, "ds_id") for p in module.parameters()):
+        raise ValueError(
+            "the parameters are partitioned by ZeRO-3, but the model is not a DeepSpeed engine; pass "
+            "the engine that deepspeed.initialize(model=..., config=...) returns"
+        )
+    if any(isinstance(m, FSDPModule) for m in module.modules()):
+        return FSDP2Engine(module)
+    return ReplicatedEngine(module)

@@ -1,0 +1,253 @@
+"""The step. Open this file first: `ZeroOrder._step` is the whole algorithm."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from zo_dist.engines import select
+from zo_dist.estimators import Estimator, TwoSided
+from zo_dist.noise import Law, Noise
+from zo_dist.params import Arm, group_arms, trainable_params
+from zo_dist.perturb import ModulePerturbation, ShardPerturbation
+from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, num_rows
+from zo_dist.rules import SGD, Rounding, Rounding16, Rule, update_span
+from zo_dist.samplers import Dense, Draw, Sampler
+from zo_dist.selfcheck import check_engine
+
+Perturb = Literal["module", "shard"]
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many steps in a row had a loss that is not a number; nothing was written by them."""
+
+
+class ZeroOrder(torch.optim.Optimizer):
+    """Fine-tunes a model, sharded or not, with forward passes only.
+
+    A step draws arms for each direction, evaluates the loss at `weights +- eps * noise`, lets the
+    ranks agree on the sums (4 float64 per direction and rank), and has each rank write the spans
+    it owns. No gradient, no optimizer traffic; a sharded forward still gathers each weight, once
+    per step with `step_batch` and `perturb="module"`.
+
+    `model`: an `nn.Module`, DDP, a `fully_shard`-ed module or a DeepSpeed engine; parameters with
+    `requires_grad=False` are left alone. `lr`, `eps`: above 0 (`lr` may be 0), as in MeZO.
+    `directions`: how many are tested per step, over all ranks. `perturb`: see DESIGN.md section 3.
+    `rounding` of writes to 16-bit weights: `stochastic`, `kahan` (2 bytes per parameter) or
+    `nearest`. `max_skipped`: steps in a row with a non-finite loss before NonFiniteLossError.
+    `self_check`: before the first step, verify that every arm moves the loss and that writes reach
+    the next forward. `compile`: fuse noise with `torch.compile`.
+
+    Raises ValueError, on every rank, for a setting out of range, ranks that disagree on settings or
+    starting weights, and models that cannot be trained so (`engines.select`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        sampler: Sampler | None = None,
+        estimator: Estimator | None = None,
+        rule: Rule | None = None,
+        directions: int = 1,
+        perturb: Perturb = "module",
+        noise: Law = "rademacher",
+        rounding: Rounding = "stochastic",
+        seed: int = 0,
+        max_skipped: int = 10,
+        self_check: bool = True,
+        compile: bool = False,
+    ) -> None:
+        if not (math.isfinite(eps) and eps > 0):
+            raise ValueError(f"eps is {eps}; it must be finite and above 0 (1e-3 is usual)")
+        if not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(f"lr is {lr}; it must be finite and not below 0")
+        if perturb not in get_args(Perturb):
+            raise ValueError(f"perturb is {perturb!r}; use one of {', '.join(get_args(Perturb))}")
+        if directions < 1:
+            raise ValueError(f"directions is {directions}; it must be at least 1")
+        if max_skipped < 0:
+            raise ValueError(f"max_skipped is {max_skipped}; it must be at least 0")
+        self.engine = select(model)
+        self.params = trainable_params(self.engine.module, self.engine.shape_of)
+        self.arms: list[Arm] = group_arms(self.engine.module, self.params)
+        self.noise = Noise(noise, seed, compile)
+        self.sampler = sampler or Dense()
+        self.sampler.bind(len(self.arms), self.noise)
+        self.estimator = estimator or TwoSided()
+        self.rule = rule or SGD()
+        self.rounding = Rounding16(rounding, self.noise)
+        self.rounding.begin(self.engine.spans(self.params))
+        self.eps, self.directions, self.perturb = eps, directions, perturb
+        self.max_skipped, self.self_check = max_skipped, self_check
+        self.step_count = self.skipped = self.skipped_in_a_row = 0
+        self.draws: list[Draw] = []
+        self.slopes: list[float] = []
+        self.engine.require_equal("the optimizer's settings", self._settings(lr))
+        super().__init__([p.param for p in self.params], {"lr": lr})
+
+    def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
+        """One step; `closure` returns the loss (or the pair sum, weight) and is called once per probe.
+
+        Every rank tests every direction on its own rows: `2 * directions` forwards. Returns the
+        mean loss over the probes of all ranks (nan when the step was skipped).
+        """
+        if closure is None:
+            raise ValueError("a zeroth-order step evaluates the loss itself: pass a closure")
+        return self._step(lambda probes: probes.by_closure(closure))
+
+    def step_batch(self, batch: Batch | Sequence[Batch], row_loss: RowLoss) -> float:
+        """One step on this rank's rows: one stacked forward for all probes of a micro-batch.
+
+        `batch`: a mapping whose tensors have rows along dim 0, or a list of such micro-batches
+        (the same directions, one update). `row_loss(model, batch)` returns one loss per row, or the
+        pair (sums, weights) per row. Rows are counted over ranks in rank order, and row r of R
+        tests direction floor(r * directions / R). Returns the mean loss as `step` does.
+        """
+        batches = [batch] if not isinstance(batch, Sequence) else list(batch)
+        first, total, num_forwards = self._count_rows(batches)
+        self._check_once(batches[0], row_loss)
+        return self._step(lambda p: p.by_rows(batches, row_loss, first, total, num_forwards))
+
+    @torch.no_grad()
+    def _step(self, evaluate: Callable[[StepProbes], Tensor]) -> float:
+        step, lr = self.step_count, float(self.param_groups[0]["lr"])
+        self.step_count += 1
+        draws = [self.sampler.draw(step, d) for d in range(self.directions)]
+        with self._evaluating():
+            sums = self.engine.reduce(evaluate(self._probes(draws, step)))
+        losses, weights = sums[..., 0] / sums[..., 1], sums[..., 1].sum(1)
+        slopes = self.estimator.slopes(losses, self.eps)
+        if not bool(torch.isfinite(slopes).all()):
+            return self._skip(step)
+        # Each direction's share of the rows (or tokens): the update is the mean over all rows.
+        coefs = (slopes * weights / weights.sum()).tolist()
+        terms: dict[int, list[tuple[int, float]]] = {}
+        for direction, draw in enumerate(draws):
+            for arm, weight in zip(draw.arms, draw.weights, strict=True):
+                terms.setdefault(arm, []).append((direction, coefs[direction] * weight))
+        if lr:
+            self._write(terms, step, lr)
+        self.draws, self.slopes = draws, slopes.tolist()
+        self.sampler.observe(draws, self.slopes)
+        self.skipped_in_a_row = 0
+        return float(sums[..., 0].sum() / sums[..., 1].sum())
+
+    def _write(self, terms: dict[int, list[tuple[int, float]]], step: int, lr: float) -> None:
+        params = {p.name: (p, arm) for arm in sorted(terms) for p in self.arms[arm].params}
+        for span in self.engine.spans([p for p, _ in params.values()]):
+            param, arm = params[span.name]
+            update_span(span, param, terms[arm], self.rule, self.rounding, self.noise, step, lr)
+        self.engine.publish()
+
+    def _probes(self, draws: list[Draw], step: int) -> StepProbes:
+        drawn = [[p for arm in d.arms for p in self.arms[arm].params] for d in draws]
+        perturbation: ModulePerturbation | ShardPerturbation
+        if self.perturb == "module":
+            union = {p.name: p for params in drawn for p in params}
+            perturbation = ModulePerturbation(list(union.values()), self.noise, step, self.eps)
+        else:
+            perturbation = ShardPerturbation(self.noise, step, self.eps, self.engine.publish)
+        return StepProbes(self.engine, drawn, self.estimator.signs, perturbation)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode inside, so that both sides of a direction see the same function of the weights."""
+        training = [m for m in self.engine.module.modules() if m.training]
+        self.engine.module.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _skip(self, step: int) -> float:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        log.warning("step %d skipped: a loss is not finite; no weight was written", step)
+        if self.skipped_in_a_row > self.max_skipped:
+            raise NonFiniteLossError(
+                f"{self.skipped_in_a_row} steps in a row had a loss that is not finite, more than "
+                f"max_skipped={self.max_skipped}; lower lr or eps, or look for rows without a label. "
+                "The weights are those of the last step that was written"
+            )
+        return math.nan
+
+    def _count_rows(self, batches: list[Batch]) -> tuple[int, int, int]:
+        """This rank's first row, the rows of all ranks, and the forwards that each rank makes."""
+        error: ValueError | None = None
+        rows = 0
+        try:
+            if not batches:
+                raise ValueError("step_batch got an empty list; a rank without rows passes a batch of 0")
+            rows = sum(num_rows(b) for b in batches)
+        except ValueError as caught:
+            error = caught
+        counts = self.engine.exchange([float(rows), float(len(batches)), float(error is not None)])
+        if error is not None:
+            raise error
+        if bool(counts[:, 2].any()):
+            raise ValueError(f"rank {int(counts[:, 2].argmax())} was given a bad batch; see its log")
+        total = int(counts[:, 0].sum())
+        if total < self.directions:
+            raise ValueError(
+                f"{self.directions} directions need at least as many rows per step, but all ranks "
+                f"together have {total}; lower directions or give more rows"
+            )
+        return int(counts[: self.engine.rank, 0].sum()), total, int(counts[:, 1].max())
+
+    @torch.no_grad()
+    def _check_once(self, batch: Batch, row_loss: RowLoss) -> None:
+        if self.self_check:
+            self.self_check = False
+            with self._evaluating():
+                check_engine(self.engine, self.arms, self.noise, self.perturb, batch, row_loss)
+
+    def _settings(self, lr: float) -> dict[str, object]:
+        """What must be equal on every rank for the ranks to stay one run."""
+        settings: dict[str, object] = {"lr": lr, "eps": self.eps, "directions": self.directions}
+        settings.update(perturb=self.perturb, noise=self.noise.law, seed=self.noise.seed)
+        settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
+        for part in (self.sampler, self.estimator, self.rule):
+            options = {k: v for k, v in vars(part).items() if isinstance(v, int | float | str)}
+            settings[type(part).__name__] = options
+        settings["parameters"] = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in self.params]
+        return settings
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resumes a run on the same shards: counters, sampler, lr, and the rounding's state.
+
+        `lost` (kahan) holds this rank's spans by canonical name. Weights are not in it.
+        """
+        return {
+            "step": self.step_count,
+            "skipped": self.skipped,
+            "sampler": self.sampler.state_dict(),
+            "lost": {name: t.clone() for name, t in self.rounding.lost.items()},
+            "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up `state_dict`; raises ValueError if it is of other arms, shards or rounding."""
+        lost = state_dict["lost"]
+        mine = {name: t.shape for name, t in self.rounding.lost.items()}
+        if {name: t.shape for name, t in lost.items()} != mine:
+            raise ValueError(
+                "the saved rounding state is of other shards or another rounding mode: it holds "
+                f"{len(lost)} spans, this rank has {len(mine)} ({self.rounding.mode})"
+            )
+        self.sampler.load_state_dict(state_dict["sampler"])
+        self.step_count, self.skipped = state_dict["step"], state_dict["skipped"]
+        for name, tensor in lost.items():
+            self.rounding.lost[name].copy_(tensor)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)

@@ -1,0 +1,163 @@
+"""Which parameters there are, what they are called, and how they group into arms.
+
+Names are canonical: no segment that a wrapper put in (DDP, `torch.compile`, activation
+checkpointing) reaches noise, logs or checkpoints, so a run means the same under every wrapper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Attribute names under which wrappers keep the module they wrap. `module` is an ordinary word, so
+# it counts only at the root, where DDP and DeepSpeed engines put it.
+_WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_ROOT_WRAPPERS = {"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"}
+
+# An arm that holds less than this share of the mean arm wastes a draw: it joins its neighbour.
+_NEAR_EMPTY = 0.01
+
+ShapeOf = Callable[[nn.Parameter], torch.Size]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A contiguous local run of one parameter.
+
+    `flat` is a 1-D view of the weights this rank holds; its element j is element `offset + j` of
+    the whole parameter, flattened row-major. Padding never belongs to a span.
+    """
+
+    name: str
+    flat: Tensor
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One trainable parameter: canonical name, whole shape, and the modules that own it.
+
+    `owners` are `(module, attribute)` pairs; a tied weight has several owners and one name.
+    """
+
+    name: str
+    param: nn.Parameter
+    shape: torch.Size
+    owners: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What a sampler draws: one decoder layer, the embeddings, or the rest."""
+
+    name: str
+    params: tuple[Param, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(p.numel for p in self.params)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DDP, a DeepSpeed engine or a compiled module."""
+    while True:
+        if type(model).__name__ in _ROOT_WRAPPERS:
+            model = model.module  # type: ignore[assignment]
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def canonical_name(name: str) -> str:
+    """`name` (as `unwrap(model).named_parameters()` gives it) without wrapper segments."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_SEGMENTS)
+
+
+def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
+    """The parameters with `requires_grad`, in registration order, each tied weight once.
+
+    `module` is unwrapped. Raises ValueError when there are none, when one has a dtype other than
+    float32, bfloat16 or float16, or when two get the same canonical name.
+    """
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    names: dict[nn.Parameter, str] = {}
+    for prefix, owner in module.named_modules():
+        for attribute, param in owner._parameters.items():
+            if param is not None and param.requires_grad:
+                owners.setdefault(param, []).append((owner, attribute))
+                names.setdefault(param, canonical_name(f"{prefix}.{attribute}".lstrip(".")))
+    if not owners:
+        raise ValueError("the model has no trainable parameter; set requires_grad=True on those to train")
+    seen: set[str] = set()
+    for param, name in names.items():
+        if param.dtype not in DTYPES:
+            raise ValueError(
+                f"parameter {name} has dtype {param.dtype}; cast it to float32, bfloat16 or float16, "
+                "or set requires_grad=False"
+            )
+        if name in seen:
+            raise ValueError(f"two different parameters are called {name} once wrappers are removed")
+        seen.add(name)
+    return [Param(names[p], p, shape_of(p), tuple(o)) for p, o in owners.items()]
+
+
+def group_arms(module: nn.Module, params: Sequence[Param]) -> list[Arm]:
+    """The arms: embeddings, each layer in order, the rest; near-empty ones joined to a neighbour.
+
+    Layers are found by structure: the outermost `nn.ModuleList` (or `nn.Sequential`) objects whose
+    children are repeated blocks, of one class in a list and of any class in a Sequential.
+    Embeddings are the parameters of `nn.Embedding` modules outside the layers. An arm below 1% of
+    the mean arm's size (the final norm of a model with a tied head) joins the arm before it.
+    """
+    layer_of = {id(m): name for name, layer in _layers(module) for m in layer.modules()}
+    groups: dict[str, list[Param]] = {"embeddings": []}
+    groups.update({name: [] for name, _ in _layers(module)})
+    groups["rest"] = []
+    for p in params:
+        owner = p.owners[0][0]
+        if id(owner) in layer_of:
+            groups[layer_of[id(owner)]].append(p)
+        elif any(isinstance(o, nn.Embedding) for o, _ in p.owners):
+            groups["embeddings"].append(p)
+        else:
+            groups["rest"].append(p)
+    arms = [Arm(canonical_name(name), tuple(members)) for name, members in groups.items() if members]
+    return _join_near_empty(arms)
+
+
+def _layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`(name, layer)` of the repeated blocks, in registration order."""
+
+    def walk(prefix: str, node: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        children = [(f"{prefix}{n}", c) for n, c in node.named_children()]
+        filled = [(n, c) for n, c in children if next(c.parameters(), None) is not None]
+        repeated = isinstance(node, nn.ModuleList) and len({type(c) for _, c in filled}) == 1
+        if len(filled) > 1 and (repeated or isinstance(node, nn.Sequential)):
+            yield from filled
+            return
+        for name, child in children:
+            yield from walk(f"{name}.", child)
+
+    return list(walk("", module))
+
+
+def _join_near_empty(arms: list[Arm]) -> list[Arm]:
+    mean = sum(arm.numel for arm in arms) / len(arms)
+    joined: list[Arm] = []
+    for arm in arms:
+        if joined and (arm.numel < _NEAR_EMPTY * mean or joined[-1].numel < _NEAR_EMPTY * mean):
+            before = joined.pop()
+            arm = Arm(f"{before.name}+{arm.name}", before.params + arm.params)
+        joined.append(arm)
+    return joined

@@ -1,0 +1,208 @@
+"""One step's probes: which rows test which direction, and their summed losses.
+
+Counted over all ranks and micro-batches, row r of R tests direction floor(r * D / R). Each side of a
+direction (+ and - for `TwoSided`) is one probe with its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_dist.engines import Engine
+from zo_dist.params import Param
+from zo_dist.perturb import ModulePerturbation, Probe, ShardPerturbation
+
+Batch = Mapping[str, Any]
+# One loss per row, or the pair (sums per row, weights per row) for means over tokens.
+RowLoss = Callable[[nn.Module, Batch], Tensor | tuple[Tensor, Tensor]]
+# A mean loss, or the pair (sum, weight).
+Closure = Callable[[], Tensor | tuple[Tensor, Tensor | float]]
+
+
+def num_rows(batch: Batch) -> int:
+    """The rows of a batch: dim 0 of its tensors, which agree or are 1 (unbatched inputs).
+
+    Raises ValueError when they do not agree or there is no tensor.
+    """
+    sizes = {key: t.shape[0] for key, t in batch.items() if isinstance(t, Tensor) and t.ndim}
+    if not sizes:
+        raise ValueError(f"the batch holds no tensor with rows along dim 0; its keys: {list(batch)}")
+    rows = max(sizes.values()) if min(sizes.values()) else 0
+    if any(size not in (1, rows) for size in sizes.values()):
+        raise ValueError(f"the batch's tensors disagree on the number of rows (dim 0): {sizes}")
+    return rows
+
+
+def rows_of_directions(first: int, rows: int, total: int, directions: int) -> list[tuple[int, int]]:
+    """`(direction, rows)` in order, for the rows `first ... first + rows - 1` of `total`."""
+    shares: list[tuple[int, int]] = []
+    for direction in range(directions):
+        # The rows r with floor(r * D / R) == direction.
+        start = -(-direction * total // directions)
+        stop = -(-(direction + 1) * total // directions)
+        count = min(stop, first + rows) - max(start, first)
+        if count > 0:
+            shares.append((direction, count))
+    return shares
+
+
+class StepProbes:
+    """The probes of one step, evaluated by closure or in stacked forwards, in either perturb mode.
+
+    `drawn`: per direction, the parameters it perturbs. `signs`: the sides of a direction. Every
+    method returns float64 `[directions, sides, 2]`: summed loss and summed weight of this rank.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        drawn: Sequence[Sequence[Param]],
+        signs: tuple[float, ...],
+        perturbation: ModulePerturbation | ShardPerturbation,
+    ) -> None:
+        self._engine, self._perturbation = engine, perturbation
+        self._drawn = drawn
+        self._probes = [
+            [Probe(d, sign, frozenset(p.name for p in params) if sign else frozenset()) for sign in signs]
+            for d, params in enumerate(drawn)
+        ]
+        self._sums = torch.zeros(len(drawn), len(signs), 2, dtype=torch.float64)
+
+    def by_closure(self, closure: Closure) -> Tensor:
+        """Evaluate `closure` once per probe, on all its rows: directions x sides forwards."""
+        with self._installed():
+            for sides in self._probes:
+                for side, probe in enumerate(sides):
+                    with self._shifted(probe, rows=1):
+                        out = closure()
+                    loss, weight = out if isinstance(out, tuple) else (out, 1.0)
+                    self._add(probe, side, torch.stack([_scalar(loss), _scalar(weight)]))
+        return self._sums
+
+    def by_rows(
+        self, batches: Sequence[Batch], row_loss: RowLoss, first: int, total: int, num_forwards: int
+    ) -> Tensor:
+        """Evaluate the rows of this rank's micro-batches, which are rows `first ...` of `total`.
+
+        Module mode: one forward per micro-batch, all its probes stacked. Shard mode: one per probe
+        and micro-batch. A rank with fewer than `num_forwards` micro-batches, or without a row for a
+        direction, takes part in the gathers with a row that does not count.
+        """
+        shares = []
+        for batch in batches:
+            rows = num_rows(batch)
+            shares.append(rows_of_directions(first, rows, total, len(self._probes)))
+            first += rows
+        padded = [*batches, *[batches[0]] * (num_forwards - len(batches))]
+        shares += [[]] * (num_forwards - len(batches))
+        with self._installed():
+            if isinstance(self._perturbation, ModulePerturbation):
+                for batch, share in zip(padded, shares, strict=True):
+                    self._stacked(batch, share, row_loss)
+            else:
+                for sides in self._probes:
+                    for side, probe in enumerate(sides):
+                        with self._shifted(probe, rows=0):
+                            for batch, share in zip(padded, shares, strict=True):
+                                self._one_probe(batch, share, probe, side, row_loss)
+        return self._sums
+
+    def _stacked(self, batch: Batch, share: list[tuple[int, int]], row_loss: RowLoss) -> None:
+        assert isinstance(self._perturbation, ModulePerturbation)
+        live: list[tuple[Probe, int]] = []
+        pieces: list[tuple[int, int]] = []
+        start = 0
+        for direction, rows in share:
+            for probe in self._probes[direction]:
+                live.append((probe, rows))
+                pieces.append((start, start + rows))
+            start += rows
+        if not live:
+            row_loss(self._engine.module, first_row(batch, 1))
+            return
+        with self._perturbation.probes(live):
+            sums = _per_row(row_loss(self._engine.module, _stack(batch, pieces)), pieces)
+        parts = torch.split(sums, [rows for _, rows in live])
+        for i, ((probe, _), part) in enumerate(zip(live, parts, strict=True)):
+            self._add(probe, i % len(self._probes[0]), part.sum(0))
+
+    def _one_probe(
+        self,
+        batch: Batch,
+        share: list[tuple[int, int]],
+        probe: Probe,
+        side: int,
+        row_loss: RowLoss,
+    ) -> None:
+        start = 0
+        for direction, rows in share:
+            if direction == probe.direction:
+                piece = [(start, start + rows)]
+                sums = _per_row(row_loss(self._engine.module, _stack(batch, piece)), piece)
+                self._add(probe, side, sums.sum(0))
+                return
+            start += rows
+        row_loss(self._engine.module, first_row(batch, 1))
+
+    def _installed(self) -> Any:
+        if isinstance(self._perturbation, ModulePerturbation):
+            return self._perturbation.installed()
+        return nullcontext()
+
+    def _shifted(self, probe: Probe, rows: int) -> Any:
+        if isinstance(self._perturbation, ModulePerturbation):
+            return self._perturbation.probes([(probe, rows)])
+        drawn = self._drawn[probe.direction] if probe.drawn else []
+        return self._perturbation.shifted(self._engine.spans(drawn), probe)
+
+    def _add(self, probe: Probe, side: int, sums: Tensor) -> None:
+        self._sums[probe.direction, side] += sums.to(self._sums)
+
+
+def _scalar(value: Tensor | float) -> Tensor:
+    tensor = torch.as_tensor(value).detach().to(torch.float64).cpu()
+    if tensor.numel() != 1:
+        raise ValueError(
+            f"the closure returned a tensor of shape {tuple(tensor.shape)}; return a scalar loss, or "
+            "the pair (sum, weight), or use step_batch with one loss per row"
+        )
+    return tensor.reshape(())
+
+
+def _per_row(out: Tensor | tuple[Tensor, Tensor], pieces: list[tuple[int, int]]) -> Tensor:
+    """float64 `[rows, 2]`: loss and weight of each row."""
+    losses, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
+    rows = sum(b - a for a, b in pieces)
+    if losses.shape != (rows,) or weights.shape != (rows,):
+        raise ValueError(
+            f"the loss function returned shapes {tuple(losses.shape)} and {tuple(weights.shape)} for "
+            f"{rows} rows; return one loss per row, or the pair (sums, weights) per row"
+        )
+    return torch.stack([losses.detach().double(), weights.detach().double()], dim=1)
+
+
+def _stack(batch: Batch, pieces: list[tuple[int, int]]) -> dict[str, Any]:
+    """The given row ranges of every batched tensor, one after another."""
+    rows = num_rows(batch)
+
+    def stack(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != rows:
+            return value
+        return torch.cat([value[a:b] for a, b in pieces])
+
+    return {key: stack(value) for key, value in batch.items()}
+
+
+def first_row(batch: Batch, times: int) -> dict[str, Any]:
+    """The batch's first row, `times` over; a batch of no rows gives rows of ones of its form."""
+    if num_rows(batch):
+        return _stack(batch, [(0, 1)] * times)
+    return {
+        key: value.new_ones(times, *value.shape[1:]) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }

@@ -1,0 +1,159 @@
+"""The start-up check: every arm moves the loss, writes reach the next forward, bytes come back.
+
+It catches what would otherwise be a run that silently learns nothing: a gathered copy that outlives
+its forward (persistent ZeRO-3 parameters, an FSDP2 group left unsharded, hpZ), an arm whose
+parameters the model does not use. Cost: two forwards per 16 arms (module mode) or two in all (shard
+mode), on one row each, and two forwards for the writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from zo_dist.engines import Engine
+from zo_dist.noise import Noise
+from zo_dist.params import Arm, Param, Span
+from zo_dist.perturb import ModulePerturbation, Probe, ShardPerturbation
+from zo_dist.probes import Batch, RowLoss, first_row
+
+# Far above any eps, so that a loss that does not move shows a missing wire, not a small slope.
+_TRIAL_SHIFT = 0.1
+_ARMS_PER_FORWARD = 16
+# Keys of the trial noise; a run never gets to this step number.
+_TRIAL_STEP = 2**31 - 1
+
+
+class SelfCheckError(ValueError):
+    """The model, as it is sharded, cannot be trained correctly; the message names what and why."""
+
+
+def check_engine(
+    engine: Engine, arms: Sequence[Arm], noise: Noise, perturb: str, batch: Batch, row_loss: RowLoss
+) -> None:
+    """Raise SelfCheckError on every rank if any of the three promises does not hold on any rank."""
+    error: Exception | None = None
+    params = [p for arm in arms for p in arm.params]
+    dead = (
+        _dead_arms(engine, arms, noise, batch, row_loss)
+        if perturb == "module"
+        else _dead_together(engine, params, noise, batch, row_loss)
+    )
+    # A row that one rank happens to hold may not feel an arm (an expert it is not routed to).
+    everywhere = engine.exchange([float(d) for d in dead]).all(0).tolist()
+    if any(everywhere):
+        named = [arm.name for arm, is_dead in zip(arms, everywhere, strict=False) if is_dead]
+        error = SelfCheckError(
+            f"shifting the weights of {', '.join(named)} does not change the loss: the loss does not "
+            "depend on them, or the model reads them from outside the module that owns them. Set "
+            "requires_grad=False on them, or use perturb: shard"
+        )
+    engine.together(error)
+    stale = _stale_writes(engine, params, batch, row_loss)
+    if stale:
+        error = SelfCheckError(
+            f"a write to the shard of {', '.join(stale[:5])}{' ...' if len(stale) > 5 else ''} did not "
+            f"reach the next forward on rank {engine.rank}: a gathered copy outlives its forward. "
+            "Reshard after forward (FSDP2), set stage3_param_persistence_threshold to 0 and "
+            "zero_hpz_partition_size to 1 (ZeRO-3)"
+        )
+    engine.together(error)
+
+
+def _dead_arms(
+    engine: Engine, arms: Sequence[Arm], noise: Noise, batch: Batch, row_loss: RowLoss
+) -> list[bool]:
+    """For each arm, whether its row of a stacked forward has the loss of unshifted weights.
+
+    The control run shifts by 0 through the same copies and slices, so an arm without effect gives
+    the same bits.
+    """
+    dead: list[bool] = []
+    for start in range(0, len(arms), _ARMS_PER_FORWARD):
+        some = arms[start : start + _ARMS_PER_FORWARD]
+        live = [(Probe(d, 1.0, frozenset(p.name for p in arm.params)), 1) for d, arm in enumerate(some)]
+        losses = []
+        for shift in (0.0, _TRIAL_SHIFT):
+            params = [p for arm in some for p in arm.params]
+            perturbation = ModulePerturbation(params, noise, _TRIAL_STEP, shift)
+            with perturbation.installed(), perturbation.probes(live):
+                losses.append(_losses(row_loss(engine.module, first_row(batch, len(some)))))
+        dead += torch.eq(*losses).tolist()
+    return dead
+
+
+def _dead_together(
+    engine: Engine, params: Sequence[Param], noise: Noise, batch: Batch, row_loss: RowLoss
+) -> list[bool]:
+    """One entry: whether shifting every shard at once leaves the loss as it is."""
+    losses = []
+    names = frozenset(p.name for p in params)
+    for shift in (0.0, _TRIAL_SHIFT):
+        perturbation = ShardPerturbation(noise, _TRIAL_STEP, shift, engine.publish)
+        with perturbation.shifted(engine.spans(params), Probe(0, 1.0, names)):
+            losses.append(_losses(row_loss(engine.module, first_row(batch, 1))))
+    return torch.eq(*losses).tolist()
+
+
+def _stale_writes(engine: Engine, params: Sequence[Param], batch: Batch, row_loss: RowLoss) -> list[str]:
+    """Names of parameters of which a forward does not see a write, or does not see it taken back.
+
+    The first and the last local element of each span change their sign and come back.
+    """
+    spans = engine.spans(params)
+    before = [_ends(span).clone() for span in spans]
+    stale: list[str] = []
+    for restored in (False, True):
+        expected: dict[str, tuple[Span, Tensor]] = {}
+        for span, values in zip(engine.spans(params), before, strict=True):
+            now = values if restored else torch.where(values == 0, torch.ones_like(values), -values)
+            span.flat[0], span.flat[-1] = now[0], now[1]
+            expected[span.name] = (span, now if span.flat.numel() > 1 else now[:1].repeat(2))
+        engine.publish()
+        stale += _forward_and_compare(engine, params, expected, batch, row_loss)
+    return sorted(set(stale))
+
+
+def _ends(span: Span) -> Tensor:
+    return torch.stack([span.flat[0], span.flat[-1]])
+
+
+def _forward_and_compare(
+    engine: Engine,
+    params: Sequence[Param],
+    expected: dict[str, tuple[Span, Tensor]],
+    batch: Batch,
+    row_loss: RowLoss,
+) -> list[str]:
+    """Names whose owner, in one forward, holds other values than expected at the span's ends."""
+    stale: list[str] = []
+
+    def watch(watched: nn.Module, attribute: str, param: Param) -> torch.utils.hooks.RemovableHandle:
+        span, values = expected[param.name]
+
+        def compare(owner: nn.Module, args: object) -> None:
+            weight = owner._parameters[attribute]
+            assert weight is not None
+            ends = weight.detach().reshape(-1)[[span.offset, span.offset + span.flat.numel() - 1]]
+            if not torch.equal(ends, values.to(ends)):
+                stale.append(param.name)
+
+        return watched.register_forward_pre_hook(compare)
+
+    hooks = []
+    for param in params:
+        for owner, attribute in param.owners:
+            if param.name in expected:
+                hooks.append(watch(owner, attribute, param))
+    try:
+        row_loss(engine.module, first_row(batch, 1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return stale
+
+
+def _losses(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    return (out[0] if isinstance(out, tuple) else out).detach()

@@ -1,0 +1,146 @@
+"""From examples to tokens, and from tokens to a left-padded batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from zo_dist.tasks.base import Example
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One example as tokens: for each option the whole sequence and how many of its last are it."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    option_lengths: tuple[int, ...]
+    label: int
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[EncodedRow], int]:
+    """Tokenise every option as the continuation of its prompt; also count the truncated rows.
+
+    As MeZO does (large_models/utils.py encode_prompt): prompt + option is tokenised as one text,
+    and the option's tokens are the last ones, as many as the prompt alone is shorter. A sequence
+    beyond `max_length` loses the start of its prompt, never a token that the tokenizer puts before
+    every text (BOS), never a part of the option. A token that it puts after a text (EOS) is left
+    out: nothing follows an option.
+
+    ValueError, naming the example: an option that adds no token, or leaves the prompt no room.
+    """
+    before = _tokens_before(tokenizer)
+    texts = [text for example in examples for text in _texts(example)]
+    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+    rows, num_truncated = [], 0
+    # What predicts the option's first token is the BOS or else at least one token of the prompt.
+    longest_option = max_length - max(1, len(before))
+    for number, example in enumerate(examples):
+        prompt_length = len(next(encoded))
+        sequences, lengths, truncated = [], [], False
+        for option in example.options:
+            tokens = next(encoded)
+            length = len(tokens) - prompt_length
+            if length < 1 or length > longest_option or prompt_length + len(before) < 1:
+                raise ValueError(
+                    f"example {number}: the option {option!r} adds {length} tokens to a prompt of "
+                    f"{prompt_length}; it must add 1 to {longest_option} to at least one token "
+                    f"(max_length is {max_length})"
+                )
+            room = max_length - len(before)
+            truncated |= len(tokens) > room
+            sequences.append((*before, *tokens[-room:]))
+            lengths.append(length)
+        num_truncated += truncated
+        rows.append(EncodedRow(tuple(sequences), tuple(lengths), example.label))
+    return rows, num_truncated
+
+
+def single_token(rows: Sequence[EncodedRow]) -> bool:
+    """Can this data set take the fast form of `collate`?
+
+    Yes if every option is one token, the options of a row share their prompt's tokens, and all
+    rows have equally many options. Decide once for a whole data set, so that all ranks agree.
+    """
+    return len({len(row.sequences) for row in rows}) == 1 and all(
+        set(row.option_lengths) == {1} and len({tokens[:-1] for tokens in row.sequences}) == 1 for row in rows
+    )
+
+
+def collate(
+    rows: Sequence[EncodedRow], pad_id: int, *, fast: bool, pad_to_multiple: int = 1
+) -> dict[str, Tensor]:
+    """Batch R rows, padded on the left; dim 0 of every tensor counts rows.
+
+    Both forms have input_ids and attention_mask (int64) and label [R] (int64).
+
+    - fast (needs `single_token(rows)`): input_ids [R, T] holds the prompts alone, and
+      option_ids [R, O] int64 the one token of each option: one sequence per row.
+    - general: input_ids [R, O, T] holds prompt and option. option_mask [R, O, K] bool tells which
+      of the last K tokens are the option's. A row with fewer than O options is filled up with
+      copies of its first one, for which option_valid [R, O] is False.
+
+    `pad_to_multiple` rounds T up. ValueError: fast rows that are not single-token.
+    """
+    if not fast:
+        return _collate_general(rows, pad_id, pad_to_multiple)
+    if not single_token(rows):
+        raise ValueError("the fast form needs rows for which single_token(rows) holds")
+    prompts = [row.sequences[0][:-1] for row in rows]
+    input_ids, attention_mask = _pad_left(prompts, pad_id, pad_to_multiple)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "option_ids": torch.tensor([[tokens[-1] for tokens in row.sequences] for row in rows]),
+        "label": torch.tensor([row.label for row in rows]),
+    }
+
+
+def _collate_general(rows: Sequence[EncodedRow], pad_id: int, pad_to_multiple: int) -> dict[str, Tensor]:
+    num_options = max(len(row.sequences) for row in rows)
+    # For each row the options that fill its O places: 0, 1, ..., then 0 again as the filling.
+    places = [[option if option < len(row.sequences) else 0 for option in range(num_options)] for row in rows]
+    sequences = [row.sequences[i] for row, place in zip(rows, places, strict=True) for i in place]
+    lengths = torch.tensor(
+        [[row.option_lengths[i] for i in place] for row, place in zip(rows, places, strict=True)]
+    )
+    input_ids, attention_mask = _pad_left(sequences, pad_id, pad_to_multiple)
+    longest = int(lengths.max())
+    from_end = torch.arange(longest, 0, -1)  # the last token is number 1 from the end
+    valid = [[option < len(row.sequences) for option in range(num_options)] for row in rows]
+    return {
+        "input_ids": input_ids.view(len(rows), num_options, -1),
+        "attention_mask": attention_mask.view(len(rows), num_options, -1),
+        "option_mask": from_end <= lengths[..., None],
+        "option_valid": torch.tensor(valid),
+        "label": torch.tensor([row.label for row in rows]),
+    }
+
+
+def _pad_left(sequences: Sequence[Sequence[int]], pad_id: int, multiple: int) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, [N, T] int64."""
+    longest = max(len(tokens) for tokens in sequences)
+    width = -(-longest // multiple) * multiple
+    input_ids = torch.full((len(sequences), width), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, tokens in enumerate(sequences):
+        input_ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        attention_mask[row, width - len(tokens) :] = 1
+    return input_ids, attention_mask
+
+
+def _texts(example: Example) -> list[str]:
+    """The prompt, then prompt + option for each option; outer spaces go, as in MeZO."""
+    prompt = example.prompt.lstrip()
+    return [text.rstrip(" ") for text in (prompt, *(prompt + option for option in example.options))]
+
+
+def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that the tokenizer puts before every text: BOS, or none."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    return tuple(whole[: next(i for i in starts if whole[i : i + len(bare)] == bare)])

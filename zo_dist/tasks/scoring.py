@@ -1,0 +1,157 @@
+"""Losses and scores of language models: one number per row, in float32.
+
+A loss function returns either the losses of the rows [R], each of weight 1, or a pair
+(sums [R], weights [R]) whose totals over all rows and ranks are divided. Each calls the model once.
+
+Every function asks the model for logits only in the last columns where they are needed, if its
+`forward` takes `logits_to_keep`: the projection to a vocabulary of 50,000 or 150,000 words is
+otherwise among the largest costs of a forward pass.
+"""
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+
+# The most elements of logits turned to float32 at once (256 MiB).
+_FLOAT32_ELEMENTS = 2**26
+
+
+def option_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Score every option of every row of a `collate` batch; the highest is the model's answer.
+
+    Returns [R, O] float32. General form: the mean log-probability of the option's tokens, as MeZO
+    scores (-inf where option_valid is False). Fast form: the logit of the option's one token, which
+    is its log-probability up to the softmax's normaliser. That is the same for all options of a row
+    and changes neither their order nor a cross-entropy over them, so the pass over the whole
+    vocabulary is saved.
+    """
+    if "option_ids" in batch:
+        logits = _last_logits(model, batch["input_ids"], batch["attention_mask"], 1)[:, 0]
+        return logits.gather(1, batch["option_ids"]).float()
+    nll, num_tokens = _option_nll(
+        model,
+        batch["input_ids"].flatten(0, 1),
+        batch["attention_mask"].flatten(0, 1),
+        batch["option_mask"].flatten(0, 1),
+    )
+    valid = batch["option_valid"]
+    return (-nll / num_tokens).view_as(valid).masked_fill(~valid, -torch.inf)
+
+
+def choice_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy over the options of each row (MeZO's train_as_classification): [R] float32."""
+    return F.cross_entropy(option_scores(model, batch), batch["label"], reduction="none")
+
+
+def option_nll_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of the right option, and its number of tokens: two [R] float32.
+
+    Totals divided give the mean over option tokens, as MeZO trains Copa. Only the right option of
+    each row is run through the model.
+    """
+    label = batch["label"]
+    if "option_ids" in batch:
+        logits = _last_logits(model, batch["input_ids"], batch["attention_mask"], 1)
+        nll = _token_nll(logits, batch["option_ids"].gather(1, label[:, None]))[:, 0]
+        return nll, torch.ones_like(nll)
+    rows = torch.arange(len(label), device=label.device)
+    return _option_nll(
+        model,
+        batch["input_ids"][rows, label],
+        batch["attention_mask"][rows, label],
+        batch["option_mask"][rows, label],
+    )
+
+
+def causal_lm_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each row's labelled tokens, and their number: two [R] float32.
+
+    batch: input_ids [R, T]; attention_mask [R, T], all ones if absent; labels [R, T], -100 where
+    there is none (transformers' convention: labels[:, t] is predicted from the tokens before t).
+    Without labels, every real token that follows a real one is a label. A row with none gives
+    (0, 0).
+    """
+    input_ids = batch["input_ids"]
+    attention_mask = batch.get("attention_mask")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if "labels" in batch:
+        targets = batch["labels"][:, 1:]
+    else:
+        real = attention_mask.bool()
+        targets = input_ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+    # The smallest window of last columns that holds all labels. The model runs in any case: on a
+    # sharded model the other ranks wait for this one to take part in the gathering of weights.
+    columns = (targets != -100).any(0).nonzero()
+    window = targets.shape[1] - int(columns[0]) if len(columns) else 0
+    targets = targets[:, targets.shape[1] - window :]
+    logits = _last_logits(model, input_ids, attention_mask, window + 1)[:, :-1]
+    return _token_nll(logits, targets).sum(1), (targets != -100).sum(1).float()
+
+
+def accuracy_and_loss(scores: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Is the best-scored option the right one, and the cross-entropy: two [R] float32.
+
+    scores [R, O] from `option_scores`, label [R]. Per row: ranks add up before they divide.
+    """
+    correct = (scores.argmax(1) == label).float()
+    return correct, F.cross_entropy(scores, label, reduction="none")
+
+
+def _option_nll(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, option_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum of the NLL of each sequence's option tokens, and their number: two [N] float32.
+
+    input_ids, attention_mask [N, T]; option_mask [N, K] over the last K tokens.
+    """
+    window = option_mask.shape[1]
+    logits = _last_logits(model, input_ids, attention_mask, window + 1)[:, :-1]
+    targets = input_ids[:, -window:].masked_fill(~option_mask, -100)
+    return _token_nll(logits, targets).sum(1), option_mask.sum(1).float()
+
+
+def _token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """NLL of targets [N, K] under logits [N, K, V]: [N, K] float32, 0 where a target is -100."""
+    # A float32 copy of all logits at once could be larger than the model.
+    rows = max(1, _FLOAT32_ELEMENTS // max(1, logits[0].numel()))
+    parts = [
+        F.cross_entropy(part.flatten(0, 1).float(), target.flatten(), reduction="none")
+        for part, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
+    ]
+    return torch.cat(parts).view_as(targets)
+
+
+def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    """The model's logits in the last `keep` columns: [N, keep, V] in the model's dtype."""
+    accepted = inspect.signature(_unwrap(model).forward).parameters
+    options: dict[str, object] = {}
+    if "position_ids" in accepted:
+        # Counted from the first real token: with learned positions, as in GPT-2, a row's result
+        # would otherwise depend on its padding, that is on the other rows of the batch.
+        options["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        options["logits_to_keep"] = keep
+    output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
+    logits: Tensor = output.logits
+    return logits[:, -keep:]
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DDP, a DeepSpeed engine, torch.compile and PEFT.
+
+    Wrappers pass every keyword on without naming it: only the module itself tells what it takes.
+    """
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if isinstance(inner, nn.Module):  # DDP and DeepSpeed; torch.compile
+            model = inner
+        elif callable(peel := getattr(model, "get_base_model", None)):  # PEFT
+            model = peel()
+        else:
+            return model
