@@ -33,6 +33,8 @@ class FSDP2Engine(Engine):
             )
         self._groups = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self._root = module
+        self._has_run = False
+        module.register_forward_pre_hook(self._note_run)
         self._reshard()
         for name, param in module.named_parameters():
             if not isinstance(param, DTensor):
@@ -55,6 +57,9 @@ class FSDP2Engine(Engine):
                 "process must be on the mesh (use a 2-D HSDP mesh for replicas)"
             )
 
+    def _note_run(self, module: nn.Module, args: object) -> None:
+        self._has_run = True
+
     def _reshard(self) -> None:
         for group in self._groups:
             group.reshard()
@@ -72,8 +77,11 @@ class FSDP2Engine(Engine):
 
     def publish(self) -> None:
         self._reshard()
-        # Forward-only use grows FSDP2's per-forward lists, which only a backward would clear.
-        self._root.reset_iter_state()
+        # Forward-only use grows FSDP2's per-forward lists, which only a backward would clear; before
+        # the first forward there are none, and FSDP2 is not set up to be asked.
+        if self._has_run:
+            self._root.reset_iter_state()
+            self._has_run = False
 
     @contextmanager
     def whole(self, param: Param) -> Iterator[Tensor]:

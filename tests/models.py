@@ -1,0 +1,112 @@
+"""Tiny models of every kind that tests train, with weights large enough for losses to move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCAB, LENGTH = 37, 6
+
+
+class OneElement(nn.Module):
+    """Multiplies by a parameter of one element: a row fewer than ranks, and nearly empty arms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Tied(nn.Module):
+    """A Linear used twice through two modules that share its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.second = nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def _sequential() -> nn.Module:
+    # 5, 7 and 1 rows: uneven on 2 and 3 ranks, and on most of them none of the last two.
+    return nn.Sequential(
+        nn.Linear(3, 5),
+        nn.Tanh(),
+        Tied(),
+        nn.Linear(5, 7, bias=False),
+        OneElement(),
+        nn.Linear(7, 1),
+    )
+
+
+_COMMON: dict[str, Any] = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 2}
+_HF: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": False}),
+    "llama_tied": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 8}),
+    "mixtral": ("Mixtral", {"num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+KINDS = (*_HF, "opt", "gpt2", "sequential")
+
+
+def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """The same model, weight for weight, wherever it is built; in eval mode, without gradients."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _skeleton(kind)
+        for name, param in model.named_parameters():
+            norm = param.ndim == 1 and name.endswith("weight")
+            nn.init.normal_(param, 1.0 if norm else 0.0, 0.3)
+    return model.to(dtype).eval()
+
+
+def _skeleton(kind: str) -> nn.Module:
+    if kind == "sequential":
+        return _sequential()
+    if kind == "opt":
+        config = transformers.OPTConfig(
+            **_COMMON, hidden_size=16, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=16
+        )
+        return transformers.OPTForCausalLM(config)
+    if kind == "gpt2":
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+        )
+    family, options = _HF[kind]
+    config = getattr(transformers, f"{family}Config")(
+        **_COMMON, hidden_size=16, intermediate_size=24, max_position_embeddings=16, **options
+    )
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def rows_for(kind: str, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A batch with `rows` rows and the row's number in `row`."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = {"row": torch.arange(rows)}
+    if kind == "sequential":
+        batch["x"] = torch.randn(rows, 3, generator=generator).to(dtype)
+        batch["y"] = torch.randn(rows, generator=generator).to(dtype)
+    else:
+        batch["input_ids"] = torch.randint(0, VOCAB, (rows, LENGTH), generator=generator)
+    return batch
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    """The model's own loss, per row."""
+    from zo_dist import causal_lm_loss
+
+    if "x" in batch:
+        return (model(batch["x"]).float().squeeze(1) - batch["y"].float()).square()
+    return causal_lm_loss(model, {"input_ids": batch["input_ids"]})
+
+
+def cut(batch: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    return {key: value[start:stop] for key, value in batch.items()}

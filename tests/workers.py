@@ -1,0 +1,342 @@
+"""Rank processes that live through a whole pytest session, and the models and engines tests use.
+
+A test sends a module-level function and its arguments to every rank of a pool of 1, 2 or 3 processes
+(gloo) and gets each rank's result back. The processes are forked from one server that has imported
+torch, transformers and DeepSpeed once. A call that does not come back in time, or after which the
+ranks are out of step, costs the pool its life and the test its success.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+CALL_TIMEOUT_S = 120.0
+# Longer than any honest difference between ranks, once the first of them has raised.
+_GRACE_S = 20.0
+_START_TIMEOUT_S = 180.0
+
+HAVE_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not HAVE_DEEPSPEED, reason="deepspeed is not installed")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank did with a call: a value, or an exception by type name, text and traceback."""
+
+    rank: int
+    value: Any = None
+    error: str = ""
+    message: str = ""
+    trace: str = ""
+
+
+class Pool:
+    """`num_ranks` processes that stand for one job; started at the first call."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._workers: list[tuple[Any, Any]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = CALL_TIMEOUT_S) -> list[Any]:
+        """Every rank's result, in rank order; an exception on any rank fails the test."""
+        outcomes = self._call(function, args, timeout)
+        failed = [o for o in outcomes if o.error]
+        if failed:
+            self.stop()
+            pytest.fail("\n".join(f"rank {o.rank} of {self.num_ranks}:\n{o.trace}" for o in failed), False)
+        return [o.value for o in outcomes]
+
+    def errors(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[str]:
+        """Every rank's `"Type: message"` of a call that is to raise on all of them.
+
+        The ranks must come out of it in step: a collective that follows has to work.
+        """
+        outcomes = self._call(function, args, timeout)
+        calm = [o.rank for o in outcomes if not o.error]
+        if calm:
+            self.stop()
+            raised = "\n".join(o.trace for o in outcomes if o.error)
+            pytest.fail(f"ranks {calm} of {self.num_ranks} did not raise; of the others:\n{raised}", False)
+        self.run(_in_step, timeout=_GRACE_S)
+        return [f"{o.error}: {o.message}" for o in outcomes]
+
+    def stop(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers = []
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Outcome]:
+        self._start()
+        for _, pipe in self._workers:
+            pipe.send((function, args))
+        deadline = time.monotonic() + timeout
+        outcomes: dict[int, Outcome] = {}
+        while len(outcomes) < self.num_ranks:
+            waiting = [(r, p) for r, (_, p) in enumerate(self._workers) if r not in outcomes]
+            left = deadline - time.monotonic()
+            multiprocessing.connection.wait([p for _, p in waiting], max(0.0, left))
+            for rank, pipe in waiting:
+                if pipe.poll():
+                    try:
+                        outcomes[rank] = Outcome(rank, *pipe.recv())
+                    except EOFError:
+                        outcomes[rank] = Outcome(rank, None, "EOFError", "the process died", "it died")
+                    if outcomes[rank].error:
+                        deadline = min(deadline, time.monotonic() + _GRACE_S)
+            if time.monotonic() > deadline:
+                missing = [r for r in range(self.num_ranks) if r not in outcomes]
+                self.stop()
+                others = "\n".join(f"rank {o.rank}:\n{o.trace}" for o in outcomes.values() if o.error)
+                pytest.fail(f"ranks {missing} of {self.num_ranks} did not come back in time\n{others}", False)
+        return [outcomes[rank] for rank in range(self.num_ranks)]
+
+    def _start(self) -> None:
+        if self._workers:
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["workers_preload"])
+        with _environment(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS), *sys.path])):
+            forkserver.ensure_running()
+        port = _free_port()
+        for rank in range(self.num_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.num_ranks, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        for _, pipe in self._workers:
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                self.stop()
+                pytest.fail(f"a pool of {self.num_ranks} ranks did not start in {_START_TIMEOUT_S} s", False)
+            pipe.recv()
+
+
+def environment() -> dict[str, str]:
+    """What rank processes need around them, also those that a test launches by command."""
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(TESTS.parent / ".torch_extensions"))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": extensions,
+        "HF_HUB_OFFLINE": "1",
+        "PATH": path,  # for ninja
+    }
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {key: os.environ.get(key) for key in {**environment(), **values}}
+    os.environ.update({**environment(), **values})
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(rank: int, num_ranks: int, port: int, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(environment())
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    os.environ.update(LOCAL_WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
+    pipe.send("ready")
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            pipe.send((function(*args), "", "", ""))
+        except Exception as error:
+            pipe.send((None, type(error).__name__, str(error), traceback.format_exc()))
+
+
+def _in_step() -> bool:
+    import torch
+    import torch.distributed as dist
+
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return bool(total == dist.get_world_size())
+
+
+# What follows runs on the ranks (or in the test itself, as one process without a group).
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder that all ranks see, gone afterwards."""
+    import torch.distributed as dist
+
+    names: list[str | None] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    assert names[0] is not None
+    try:
+        yield Path(names[0])
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(names[0])
+
+
+ENGINES = (
+    "replicated",
+    "ddp",
+    "fsdp2",
+    "hsdp_2x1",
+    "hsdp_1x2",
+    "fsdp2_mixed",
+    "fsdp2_offload",
+    "zero3",
+    "zero3_init",
+    "zero3_offload",
+    "zero0",
+    "zero2",
+)
+
+
+def wrap(engine: str, model: Any, config: Mapping[str, Any] | None = None) -> Any:
+    """`model` (the same on every rank) as a user of the engine would hand it to `ZeroOrder`."""
+    import torch
+
+    if engine == "replicated":
+        return model
+    if engine == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    if engine.startswith(("fsdp2", "hsdp")):
+        return _fully_shard(engine, model)
+    if engine == "zero3_init":
+        return _through_zero_init(model)
+    stage = int(engine[4])
+    zero: dict[str, Any] = {"stage": stage}
+    if engine == "zero3_offload":
+        zero["offload_param"] = {"device": "cpu"}
+    return deepspeed_engine(model, config or ds_config(model, zero))
+
+
+def _fully_shard(engine: str, model: Any) -> Any:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    shape: tuple[int, ...] = (dist.get_world_size(),)
+    if engine.startswith("hsdp"):
+        shape = tuple(int(n) for n in engine.split("_")[1].split("x"))
+    names = ("replicate", "shard")[-len(shape) :]
+    options: dict[str, Any] = {"mesh": init_device_mesh("cpu", shape, mesh_dim_names=names)}
+    if engine == "fsdp2_mixed":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    if engine == "fsdp2_offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    for layer in layers_of(model):
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The blocks that get an FSDP2 group of their own."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module):
+            return list(module)
+    return [m for m in model.children() if next(m.parameters(), None) is not None][:1]
+
+
+def ds_config(model: Any, zero: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    from zo_dist.engines import read_ds_config
+
+    source: dict[str, Any] = {"train_batch_size": "auto", "zero_optimization": dict(zero)}
+    dtype = next(model.parameters()).dtype
+    for key, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if dtype == kind:
+            source[key] = {"enabled": True}
+    ranks = dist.get_world_size()
+    return read_ds_config(source, hidden_size=16, micro_batch=1, num_ranks=ranks).config
+
+
+def deepspeed_engine(model: Any, config: Mapping[str, Any], **options: Any) -> Any:
+    import deepspeed
+
+    return deepspeed.initialize(model=model, config=dict(config), dist_init_required=False, **options)[0]
+
+
+def _through_zero_init(model: Any) -> Any:
+    """As a large model is loaded: `from_pretrained` under a live `HfDeepSpeedConfig`."""
+    import torch.distributed as dist
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = ds_config(model, {"stage": 3})
+    with scratch_folder() as folder:
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder)
+        dist.barrier()
+        alive = HfDeepSpeedConfig(dict(config))
+        sharded = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)
+        assert all(hasattr(p, "ds_id") for p in sharded.parameters()), "zero.Init did not run"
+        engine = deepspeed_engine(sharded, config)
+        del alive
+    return engine
+
+
+def whole_weights(optimizer: Any) -> dict[str, Any]:
+    """Every trainable weight by canonical name: a clone, whole, on this rank."""
+    weights = {}
+    for param in optimizer.params:
+        with optimizer.engine.whole(param) as weight:
+            weights[param.name] = weight.clone().reshape(param.shape)
+    return weights
+
+
+def digest(weights: Mapping[str, Any]) -> str:
+    """One hash of the names, dtypes and bytes of some weights."""
+    import hashlib
+
+    import torch
+
+    total = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        total.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        total.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]

