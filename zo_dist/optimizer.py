@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from zo_dist.engines import select
 from zo_dist.estimators import Estimator, TwoSided
 from zo_dist.noise import Law, Noise
-from zo_dist.params import Arm, group_arms, trainable_params
+from zo_dist.params import Arm, find_layers, group_arms, trainable_params
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
+from zo_dist.prefix import PrefixUnsafeError
 from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, num_rows
 from zo_dist.rules import SGD, Rounding, Rounding16, Rule, update_span
 from zo_dist.samplers import Dense, Draw, Sampler
@@ -80,6 +81,8 @@ class ZeroOrder(torch.optim.Optimizer):
         self.engine = select(model)
         self.params = trainable_params(self.engine.module, self.engine.shape_of)
         self.arms: list[Arm] = group_arms(self.engine.module, self.params)
+        # Emptied when the model turns out to run drawn weights before its layers.
+        self.layers = [layer for _, layer in find_layers(self.engine.module)]
         self.noise = Noise(noise, seed, compile)
         self.sampler = sampler or Dense()
         self.sampler.bind(len(self.arms), self.noise)
@@ -124,7 +127,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.step_count += 1
         draws = [self.sampler.draw(step, d) for d in range(self.directions)]
         with self._evaluating():
-            sums = self.engine.reduce(evaluate(self._probes(draws, step)))
+            sums = self.engine.reduce(self._sums(evaluate, draws, step))
         losses, weights = sums[..., 0] / sums[..., 1], sums[..., 1].sum(1)
         slopes = self.estimator.slopes(losses, self.eps)
         if not bool(torch.isfinite(slopes).all()):
@@ -149,12 +152,21 @@ class ZeroOrder(torch.optim.Optimizer):
             update_span(span, param, terms[arm], self.rule, self.rounding, self.noise, step, lr)
         self.engine.publish()
 
+    def _sums(self, evaluate: Callable[[StepProbes], Tensor], draws: list[Draw], step: int) -> Tensor:
+        try:
+            return evaluate(self._probes(draws, step))
+        except PrefixUnsafeError as unsafe:
+            # The same on every rank: it depends on the model and on the arms of all directions.
+            log.info("no shared prefix for this model: %s", unsafe)
+            self.layers = []
+            return evaluate(self._probes(draws, step))
+
     def _probes(self, draws: list[Draw], step: int) -> StepProbes:
         drawn = [[p for arm in d.arms for p in self.arms[arm].params] for d in draws]
         perturbation: ModulePerturbation | ShardPerturbation
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
-            perturbation = ModulePerturbation(list(union.values()), self.noise, step, self.eps)
+            perturbation = ModulePerturbation(list(union.values()), self.noise, step, self.eps, self.layers)
         else:
             perturbation = ShardPerturbation(self.noise, step, self.eps, self.engine.publish)
         return StepProbes(self.engine, drawn, self.estimator.signs, perturbation)

@@ -120,9 +120,9 @@ def group_arms(module: nn.Module, params: Sequence[Param]) -> list[Arm]:
     Embeddings are the parameters of `nn.Embedding` modules outside the layers. An arm below 1% of
     the mean arm's size (the final norm of a model with a tied head) joins the arm before it.
     """
-    layer_of = {id(m): name for name, layer in _layers(module) for m in layer.modules()}
+    layer_of = {id(m): name for name, layer in find_layers(module) for m in layer.modules()}
     groups: dict[str, list[Param]] = {"embeddings": []}
-    groups.update({name: [] for name, _ in _layers(module)})
+    groups.update({name: [] for name, _ in find_layers(module)})
     groups["rest"] = []
     for p in params:
         owner = p.owners[0][0]
@@ -136,8 +136,8 @@ def group_arms(module: nn.Module, params: Sequence[Param]) -> list[Arm]:
     return _join_near_empty(arms)
 
 
-def _layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """`(name, layer)` of the repeated blocks, in registration order."""
+def find_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`(name, layer)` of the repeated blocks, in registration order; found by structure."""
 
     def walk(prefix: str, node: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         children = [(f"{prefix}{n}", c) for n, c in node.named_children()]

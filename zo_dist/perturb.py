@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from zo_dist.noise import Noise
 from zo_dist.params import Param, Span
+from zo_dist.prefix import SharedPrefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +42,24 @@ class ModulePerturbation:
 
     Cost: one pass over each drawn weight per probe, a scratch copy of the largest owner, no traffic.
     Engine hooks (a ZeRO-3 gather, an FSDP2 unshard) run around the wrapped forward, so what is
-    shifted is the gathered weight. `eps` is the perturbation size, `step` keys the noise.
+    shifted is the gathered weight. `eps` is the perturbation size, `step` keys the noise. With
+    `layers` (the model's repeated blocks in order), those before the first drawn one run once.
     """
 
-    def __init__(self, params: Sequence[Param], noise: Noise, step: int, eps: float) -> None:
+    def __init__(
+        self,
+        params: Sequence[Param],
+        noise: Noise,
+        step: int,
+        eps: float,
+        layers: Sequence[nn.Module] = (),
+    ) -> None:
         self._noise, self._step, self._eps = noise, step, eps
         self._owned: dict[nn.Module, list[tuple[str, Param]]] = {}
         for param in params:
             for owner, attribute in param.owners:
                 self._owned.setdefault(owner, []).append((attribute, param))
+        self._prefix = SharedPrefix(layers, self._owned)
         self._live: Live = ()
         self._ran: set[nn.Module] = set()
         self._scratch: list[Tensor] = []
@@ -63,7 +73,8 @@ class ModulePerturbation:
             for owner in self._owned:
                 before.append((owner, owner.__dict__.get("forward")))
                 owner.forward = self._wrapped(owner, owner.forward)
-            yield
+            with self._prefix.installed():
+                yield
         finally:
             for owner, forward in before:
                 if forward is None:
@@ -72,14 +83,16 @@ class ModulePerturbation:
                     owner.forward = forward
 
     @contextmanager
-    def probes(self, live: Live) -> Iterator[None]:
-        """Forwards inside carry the given probes along dim 0, in order, with these numbers of rows.
+    def probes(self, live: Live, pieces: Sequence[tuple[int, int]] = ()) -> Iterator[None]:
+        """The forward inside carries the given probes along dim 0, in order, with these numbers of rows.
 
-        Raises RuntimeError on leaving if a drawn parameter's owner never ran.
+        `pieces`: the row range of the batch that each probe repeats, for the shared prefix. Raises
+        RuntimeError on leaving if a drawn parameter's owner never ran.
         """
         self._live, self._ran = tuple(live), set()
         try:
-            yield
+            with self._prefix.rows(pieces):
+                yield
         finally:
             self._live = ()
         drawn = frozenset().union(*(probe.drawn for probe, _ in live))
@@ -96,6 +109,7 @@ class ModulePerturbation:
         def run(*args: Any, **kwargs: Any) -> Any:
             if not self._live:
                 return forward(*args, **kwargs)
+            self._prefix.require_stacked(owner)
             self._ran.add(owner)
             names = {param.name for _, param in self._owned[owner]}
             if not any(names & probe.drawn for probe, _ in self._live):

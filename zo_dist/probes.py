@@ -125,7 +125,7 @@ class StepProbes:
         if not live:
             row_loss(self._engine.module, first_row(batch, 1))
             return
-        with self._perturbation.probes(live):
+        with self._perturbation.probes(live, pieces):
             sums = _per_row(row_loss(self._engine.module, _stack(batch, pieces)), pieces)
         parts = torch.split(sums, [rows for _, rows in live])
         for i, ((probe, _), part) in enumerate(zip(live, parts, strict=True)):

@@ -1,0 +1,124 @@
+"""The shared prefix: layers before the first drawn one run once per row, not once per probe.
+
+All probes of a row see the same input up to the first layer that a direction of the step perturbs.
+So the layers before it run on one copy of each row, and that layer puts the copies back in the
+stacked order. Whatever runs outside the layers (embeddings, masks, head) sees the stacked rows as
+always; layers that run again after that point (weights shared between depths) run on all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+class PrefixUnsafeError(RuntimeError):
+    """The model runs a drawn module before the layers, or its layers do not take rows along dim 0."""
+
+
+class SharedPrefix:
+    """Wraps the layers up to the first one that holds a drawn module.
+
+    `layers`: the model's repeated blocks in order. `drawn`: the modules that own drawn parameters.
+    Where a drawn module runs before the layers, PrefixUnsafeError is raised before any loss is
+    known; the caller then evaluates without a prefix.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], drawn: Collection[nn.Module]) -> None:
+        holds = [any(m in drawn for m in layer.modules()) for layer in layers]
+        first = holds.index(True) if True in holds else len(layers) - 1
+        self._layers = layers[: first + 1] if first > 0 else []
+        self._pieces: Sequence[tuple[int, int]] = ()
+        self._waiting = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Wrap the layers' forwards (around the owners' wrappers); take them off on leaving."""
+        before = [(layer, layer.__dict__.get("forward")) for layer in self._layers]
+        for i, layer in enumerate(self._layers):
+            last = i == len(self._layers) - 1
+            layer.forward = self._wrapped(layer.forward, last)
+        try:
+            yield
+        finally:
+            for layer, forward in before:
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
+
+    @contextmanager
+    def rows(self, pieces: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """The next forward stacks these row ranges of a batch; ranges that repeat are shared."""
+        self._pieces = pieces
+        self._unique = list(dict.fromkeys(pieces))
+        self._num_stacked = sum(b - a for a, b in pieces)
+        self._num_unique = sum(b - a for a, b in self._unique)
+        self._waiting = bool(self._layers) and self._num_unique < self._num_stacked
+        self._per_row = 0
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        try:
+            yield
+        finally:
+            self._waiting = False
+            self._held = {}
+
+    def require_stacked(self, owner: nn.Module) -> None:
+        """Called when a drawn module runs: by then the rows must be stacked again."""
+        if self._waiting:
+            raise PrefixUnsafeError(f"{type(owner).__name__} holds drawn weights and runs before the layers")
+
+    def _wrapped(self, forward: Callable[..., Any], last: bool) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not self._waiting:
+                return forward(*args, **kwargs)
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            if not self._per_row:
+                hidden = next((t for t in leaves if isinstance(t, Tensor) and t.ndim > 1), None)
+                if hidden is None or hidden.shape[0] % self._num_stacked:
+                    raise PrefixUnsafeError("the first layer's input has no rows along dim 0")
+                self._per_row = hidden.shape[0] // self._num_stacked
+            if last:
+                self._waiting = False
+            move = self._restack if last else self._share
+            args, kwargs = pytree.tree_unflatten([move(leaf) for leaf in leaves], spec)
+            return forward(*args, **kwargs)
+
+        return run
+
+    def _share(self, leaf: Any) -> Any:
+        """One copy of each row of a stacked tensor; anything else as it is."""
+        if not self._is_batch(leaf, self._num_stacked):
+            return leaf
+        # Masks and position embeddings come to every layer: cut each one once.
+        held = self._held.get(id(leaf))
+        if held is None or held[0] is not leaf:
+            cut = _rearranged(leaf, self._pieces, self._unique, self._per_row)
+            held = self._held[id(leaf)] = (leaf, cut)
+        return held[1]
+
+    def _restack(self, leaf: Any) -> Any:
+        """All probes' copies of a tensor that holds each row once; anything else as it is."""
+        if not self._is_batch(leaf, self._num_unique):
+            return leaf
+        return _rearranged(leaf, self._unique, self._pieces, self._per_row)
+
+    def _is_batch(self, leaf: Any, rows: int) -> bool:
+        return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows * self._per_row
+
+
+def _rearranged(
+    tensor: Tensor, held: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]], per_row: int
+) -> Tensor:
+    """The `wanted` row ranges of a tensor that holds the `held` ones, one after another."""
+    starts: dict[tuple[int, int], int] = {}
+    where = 0
+    for piece in held:
+        starts.setdefault(piece, where)
+        where += piece[1] - piece[0]
+    return torch.cat([tensor[starts[p] * per_row : (starts[p] + p[1] - p[0]) * per_row] for p in wanted])
