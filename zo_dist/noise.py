@@ -3,7 +3,7 @@
 The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11).
 Its 128-bit counter holds `(block, step, direction, stream)` in plain, so two draws can only share a
 counter if they are the same draw; its 64-bit key is a hash of `(seed, name)`. One call gives 128
-random bits: 128 Rademacher signs, 4 Gaussians, or 8 rounding offsets of 16 bits.
+random bits: 128 Rademacher signs, 4 Gaussians, or 32 roundings.
 
 Everything is written in torch operations whose result does not depend on how a tensor is cut, so
 any split of a parameter into spans, any chunk size and any rank computes the same bits. The same
@@ -29,12 +29,16 @@ LAWS: tuple[str, ...] = get_args(Law)
 # Streams keep the uses of one parameter's key apart; the number is the top byte of the counter.
 NOISE, ROUNDING, DRAW = 0, 1, 2
 
-BLOCK = {"rademacher": 128, "gaussian": 4, "rounding": 8}  # elements served by one Philox call
+# How many elements a kernel works on in one piece, as (rows, columns), and the Philox calls behind
+# them. Elements are laid out so that the inner loop of a compiled kernel runs along the columns.
+TILE = {
+    "rademacher": ((4, 32), 1),  # word, bit
+    "gaussian": ((2, 256), 128),  # cosine or sine, pair
+    "rounding": ((8, 64), 16),  # window, word
+}
 
 # Elements per pass of the eager form: the temporaries of one chunk stay in a core's cache.
 EAGER_CHUNK = 1 << 20
-# Below this many elements a compiled call costs more than it saves.
-COMPILE_FROM = 1 << 14
 
 _MASK = 0xFFFFFFFF
 _LOW = 1 << 32
@@ -75,23 +79,25 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], schedule: Tensor) -> 
     return x0, x1, x2, x3
 
 
-def _words(header: Tensor, numel: int, unit: int) -> Tensor:
-    """int32 `[numel / unit, 4]`: the random words of consecutive blocks.
+def _words(header: Tensor, tiles: int, blocks: int) -> Tensor:
+    """int32 `[tiles, 4 * blocks]`: the random words of consecutive tiles of consecutive blocks.
 
     `header` (int64) is `first block, step, stream and direction, then the key schedule`: a tensor,
-    not Python numbers, so that one compiled form serves every parameter and step.
+    not Python numbers, so that one compiled form serves every parameter and step. Two dimensions
+    from the start: a view of a flat tensor of unknown size would keep compiled loops scalar.
     """
-    blocks = torch.arange(numel // unit, dtype=torch.int64, device=header.device) + header[0]
-    words = philox((blocks & _MASK, blocks >> 32, header[1], header[2]), header[3:])
-    stacked = torch.stack(words, dim=-1)
+    rows = torch.arange(tiles, dtype=torch.int64, device=header.device).unsqueeze(-1) * blocks
+    number = rows + torch.arange(blocks, dtype=torch.int64, device=header.device) + header[0]
+    words = philox((number & _MASK, number >> 32, header[1], header[2]), header[3:])
+    stacked = torch.stack(words, dim=-1).flatten(1)
     return torch.where(stacked > 0x7FFFFFFF, stacked - _LOW, stacked).to(torch.int32)
 
 
 def _rademacher(words: Tensor, scale: Tensor) -> Tensor:
-    """float32 `[32 * words]`: `scale` with the sign bit flipped where the random bit is set."""
+    """float32 `[tiles, 4, 32]`: `scale` with the sign bit flipped where the random bit is set."""
     shifts = 31 - torch.arange(32, dtype=torch.int32, device=words.device)
-    flips = (words.reshape(-1, 1) << shifts) & -0x80000000
-    return (flips ^ scale.view(torch.int32)).view(torch.float32).reshape(-1)
+    flips = (words.unsqueeze(-1) << shifts) & -0x80000000
+    return (flips ^ scale.view(torch.int32)).view(torch.float32)
 
 
 def _log(u: Tensor) -> Tensor:
@@ -120,20 +126,20 @@ def _log(u: Tensor) -> Tensor:
 
 
 def _gaussian(words: Tensor, scale: Tensor) -> Tensor:
-    """float32 `[words]`: `scale` times standard normals, Box-Muller on pairs of words.
+    """float32 `[tiles, 2, 256]`: `scale` times standard normals, Box-Muller on pairs of words.
 
     Radius and angle each take 32 random bits; |z| < 6.8. The polynomials for sine and cosine on
     [-pi/4, pi/4] are those of Cephes `sinf` and `cosf`.
     """
-    pairs = words.reshape(-1, 2)
+    radial, angular = words.view(-1, 2, 256).unbind(1)
     # A 32-bit word as float32, moved into (0, 1): int32 is signed, hence the 0.5.
-    u = pairs[:, 0].to(torch.float32) * 2.0**-32 + (0.5 + 2.0**-33)
+    u = radial.to(torch.float32) * 2.0**-32 + (0.5 + 2.0**-33)
     square = _log(torch.clamp(u, min=2.0**-33, max=1.0 - 2.0**-24)) * -2.0
     # Not sqrt: eager torch hands that to a vendor library that rounds its own way.
     radius = square * torch.rsqrt(square)
-    quadrant = pairs[:, 1] & 3
+    quadrant = angular & 3
     # The upper 30 bits, signed, cover a quarter turn centred on 0.
-    angle = (pairs[:, 1] >> 2).to(torch.float32) * (math.pi * 2.0**-31)
+    angle = (angular >> 2).to(torch.float32) * (math.pi * 2.0**-31)
     t = angle * angle
     sine = ((t * -1.9515295891e-4 + 8.3321608736e-3) * t - 1.6666654611e-1) * t * angle + angle
     cosine = (
@@ -142,7 +148,7 @@ def _gaussian(words: Tensor, scale: Tensor) -> Tensor:
     swap, flip = (quadrant & 1) == 1, (quadrant & 2) == 2
     x, y = torch.where(swap, -sine, cosine), torch.where(swap, cosine, sine)
     radius = torch.where(flip, -radius, radius)
-    return torch.stack((radius * x, radius * y), dim=-1).reshape(-1) * scale
+    return torch.stack((radius * x, radius * y), dim=1) * scale
 
 
 _EXPAND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -151,24 +157,51 @@ _EXPAND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _rounding(words: Tensor) -> Tensor:
-    """int32 `[2 * words]`, uniform on 0..65535: the low, then the high half of each word."""
-    return torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF), dim=-1).reshape(-1)
+def _windows(words: Tensor) -> Tensor:
+    """int32 `[tiles, 8, 64]`, each uniform on 0..65535: the 16-bit windows of a word at every nibble.
+
+    Windows of one word share bits (the correlation of the nearest two is 1/16), which leaves each
+    one uniform: rounding stays unbiased for every weight, at a quarter of the Philox calls. A tile
+    of 64 words is laid out window by window, so that consecutive elements are consecutive words.
+    """
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).unsqueeze(-1)
+    word = words.unsqueeze(1)
+    # The word turned right by `shifts`. A left shift by 32 has no meaning in C, hence 28 and 4; an
+    # arithmetic right shift fills with sign bits, hence the mask.
+    left = 28 - shifts
+    turned = ((word >> shifts) & ((torch.ones_like(left) << left << 4) - 1)) | (word << left << 4)
+    return turned & 0xFFFF
 
 
-# The uses of noise, each one read and one write per element when compiled. Every tensor is flat,
-# starts on a block boundary and holds whole blocks.
+def _stochastic(exact: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 `exact` moved to a neighbouring value of a 16-bit `dtype`, still as float32.
+
+    `bits`: int32, uniform on 0..65535. A value that `dtype` holds is never moved.
+    """
+    if dtype == torch.bfloat16:
+        # bfloat16 is the upper half of float32: a carry out of the lower half rounds up.
+        return ((exact.view(torch.int32) + bits) & -0x10000).view(torch.float32)
+    # float16 drops 13 bits of a normal number; below 2**-14 its values are 2**-24 apart.
+    normal = ((exact.view(torch.int32) + (bits & 0x1FFF)) & -0x2000).view(torch.float32)
+    subnormal = torch.floor(exact * 2.0**24 + bits * 2.0**-16) * 2.0**-24
+    # floor loses the sign of a negative zero.
+    return torch.where(exact.abs() < 2.0**-14, torch.copysign(subnormal, exact), normal)
+
+
+# The uses of noise, each one read and one write per element when compiled. Every tensor comes as
+# `[tiles, rows, columns]`.
 def _shift(out: Tensor, weight: Tensor, header: Tensor, scale: Tensor, law: str) -> None:
-    z = _EXPAND[law](_words(header, out.numel(), BLOCK[law]), scale)
+    z = _EXPAND[law](_words(header, out.shape[0], TILE[law][1]), scale)
     out.copy_((weight.to(torch.float32) + z).to(out.dtype))
 
 
 def _accumulate(out: Tensor, header: Tensor, scale: Tensor, law: str) -> None:
-    out.add_(_EXPAND[law](_words(header, out.numel(), BLOCK[law]), scale))
+    out.add_(_EXPAND[law](_words(header, out.shape[0], TILE[law][1]), scale))
 
 
-def _offsets(out: Tensor, header: Tensor) -> None:
-    out.copy_(_rounding(_words(header, out.numel(), BLOCK["rounding"])))
+def _round(out: Tensor, exact: Tensor, header: Tensor) -> None:
+    bits = _windows(_words(header, out.shape[0], TILE["rounding"][1]))
+    out.copy_(_stochastic(exact, bits, out.dtype).to(out.dtype))
 
 
 @cache
@@ -212,7 +245,7 @@ class Noise:
         """
         at = (name, step, NOISE, direction, offset)
         scalar = torch.tensor(scale, dtype=torch.float32, device=out.device)
-        self._run(_shift, BLOCK[self.law], (out, weight), at, scalar, self.law)
+        self._run(_shift, TILE[self.law], (out, weight), at, scalar, self.law)
 
     def accumulate(
         self, out: Tensor, name: str, step: int, direction: int, offset: int, scale: float
@@ -220,16 +253,16 @@ class Noise:
         """`out += scale * z` on a float32 tensor."""
         at = (name, step, NOISE, direction, offset)
         scalar = torch.tensor(scale, dtype=torch.float32, device=out.device)
-        self._run(_accumulate, BLOCK[self.law], (out,), at, scalar, self.law)
+        self._run(_accumulate, TILE[self.law], (out,), at, scalar, self.law)
 
-    def rounding_bits(self, out: Tensor, name: str, step: int, offset: int) -> None:
-        """Fill an int32 tensor with integers uniform on 0..65535, for stochastic rounding."""
-        self._run(_offsets, BLOCK["rounding"], (out,), (name, step, ROUNDING, 0, offset))
+    def round(self, out: Tensor, exact: Tensor, name: str, step: int, offset: int) -> None:
+        """Write float32 `exact` to a 16-bit `out`, up or down so that the mean is `exact`."""
+        self._run(_round, TILE["rounding"], (out, exact), (name, step, ROUNDING, 0, offset))
 
     def uniforms(self, name: str, step: int, direction: int, numel: int) -> list[float]:
         """`numel` float64 uniforms in [0, 1), 53 bits each: the stream samplers draw arms from."""
         header = self._header((name, step, DRAW, direction, 0), 0, torch.device("cpu"))
-        words = _words(header, 2 * numel, 2).reshape(-1)[: 2 * numel].to(torch.int64) & _MASK
+        words = _words(header, 1, numel // 2 + 1).reshape(-1)[: 2 * numel].to(torch.int64) & _MASK
         high, low = words.reshape(-1, 2).unbind(-1)
         return (((high >> 5) * 2**26 + (low >> 6)).to(torch.float64) * 2.0**-53).tolist()
 
@@ -244,30 +277,33 @@ class Noise:
     def _run(
         self,
         kernel: Callable[..., None],
-        unit: int,
+        tile: tuple[tuple[int, int], int],
         tensors: tuple[Tensor, ...],
         at: tuple[str, int, int, int, int],
         *extra: object,
     ) -> None:
-        """Run `kernel` over `tensors` (the first is written), cut at block boundaries."""
+        """Run `kernel` over flat `tensors` (the first is written), cut at tile boundaries."""
         offset, numel, device = at[4], tensors[0].numel(), tensors[0].device
-        fused = self.compile and numel >= COMPILE_FROM
-        chunk = numel if fused else EAGER_CHUNK
+        shape, blocks = tile
+        unit = math.prod(shape)
+        chunk = numel if self.compile else EAGER_CHUNK
+        run = _compiled(kernel) if self.compile else kernel
         start = 0
         while start < numel:
             lead = (offset + start) % unit
             whole = min(numel - start, chunk) // unit * unit
-            header = self._header(at, (offset + start) // unit, device)
+            header = self._header(at, (offset + start) // unit * blocks, device)
             if lead == 0 and whole:
-                pieces = tuple(t[start : start + whole] for t in tensors)
-                (_compiled(kernel) if fused else kernel)(*pieces, header, *extra)
+                # .data: a view of a parameter would have the compiler guard on the parameter's shape.
+                pieces = [t[start : start + whole].data.view(-1, *shape).data for t in tensors]
+                run(*pieces, header, *extra)
                 start += whole
                 continue
-            # A span may begin or end inside a block: compute whole blocks, keep what is asked.
+            # A span may begin or end inside a tile: compute whole tiles, keep what is asked.
             size = min(unit - lead, numel - start) if numel >= chunk else numel - start
             padded = [t.new_zeros(-(-(lead + size) // unit) * unit) for t in tensors]
             for pad, t in zip(padded, tensors, strict=True):
                 pad[lead : lead + size] = t[start : start + size]
-            kernel(*padded, header, *extra)
+            run(*(pad.view(-1, *shape).data for pad in padded), header, *extra)
             tensors[0][start : start + size] = padded[0][lead : lead + size]
             start += size

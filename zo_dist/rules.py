@@ -81,24 +81,7 @@ class Rounding16:
             flat.copy_(exact)
             self.lost[name][start : start + flat.numel()] = (exact - flat.to(torch.float32)).to(flat.dtype)
         else:
-            bits = torch.empty(flat.shape, dtype=torch.int32, device=flat.device)
-            self.noise.rounding_bits(bits, name, step, offset + start)
-            flat.copy_(stochastic_round(exact, bits, flat.dtype))
-
-
-def stochastic_round(exact: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 `exact` moved to a neighbouring value of a 16-bit `dtype`, still as float32.
-
-    `bits`: int32, uniform on 0..65535. A value that `dtype` holds is never moved.
-    """
-    if dtype == torch.bfloat16:
-        # bfloat16 is the upper half of float32: a carry out of the lower half rounds up.
-        return ((exact.view(torch.int32) + bits) & -0x10000).view(torch.float32)
-    # float16 drops 13 bits of a normal number; below 2**-14 its values are 2**-24 apart.
-    normal = ((exact.view(torch.int32) + (bits & 0x1FFF)) & -0x2000).view(torch.float32)
-    subnormal = torch.floor(exact * 2.0**24 + bits * 2.0**-16) * 2.0**-24
-    # floor loses the sign of a negative zero.
-    return torch.where(exact.abs() < 2.0**-14, torch.copysign(subnormal, exact), normal)
+            self.noise.round(flat, exact, name, step, offset + start)
 
 
 def update_span(
