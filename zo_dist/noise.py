@@ -18,7 +18,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -206,7 +206,16 @@ def _round(out: Tensor, exact: Tensor, header: Tensor) -> None:
 
 @cache
 def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(kernel, dynamic=True, fullgraph=True)
+    """`kernel` compiled once per dtype and law: the number of tiles is all that varies."""
+    fused = torch.compile(kernel, fullgraph=True)
+
+    def run(*args: Any) -> None:
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.ndim == 3:
+                torch._dynamo.mark_dynamic(arg, 0)
+        fused(*args)
+
+    return run
 
 
 class Noise:
@@ -293,7 +302,8 @@ class Noise:
             lead = (offset + start) % unit
             whole = min(numel - start, chunk) // unit * unit
             header = self._header(at, (offset + start) // unit * blocks, device)
-            if lead == 0 and whole:
+            # The compiler takes a size of 1 for a constant: pad a single tile to two.
+            if lead == 0 and whole and not (self.compile and whole == unit):
                 # .data: a view of a parameter would have the compiler guard on the parameter's shape.
                 pieces = [t[start : start + whole].data.view(-1, *shape).data for t in tensors]
                 run(*pieces, header, *extra)
@@ -301,7 +311,8 @@ class Noise:
                 continue
             # A span may begin or end inside a tile: compute whole tiles, keep what is asked.
             size = min(unit - lead, numel - start) if numel >= chunk else numel - start
-            padded = [t.new_zeros(-(-(lead + size) // unit) * unit) for t in tensors]
+            tiles = max(-(-(lead + size) // unit), 2 if self.compile else 1)
+            padded = [t.new_zeros(tiles * unit) for t in tensors]
             for pad, t in zip(padded, tensors, strict=True):
                 pad[lead : lead + size] = t[start : start + size]
             run(*(pad.view(-1, *shape).data for pad in padded), header, *extra)
