@@ -1,0 +1,116 @@
+"""The shared prefix changes how often early layers run, never what the probes' losses are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+import zo_dist
+
+TINY = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4}
+MODELS: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY, intermediate_size=64, num_key_value_heads=2)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**TINY, ffn_dim=64, word_embed_proj_dim=32)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=6, n_head=4)),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**TINY, intermediate_size=64, num_key_value_heads=2, num_local_experts=4)
+    ),
+}
+ROWS = 7
+
+
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 97, (ROWS, 11), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[2, :4] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def train_late_layers(model: nn.Module) -> nn.Module:
+    """Only the last three of six layers are trained, so the first three are always a prefix."""
+    for name, param in model.named_parameters():
+        param.requires_grad_(any(f".{i}." in name for i in (3, 4, 5)))
+    return model
+
+
+def run(model: nn.Module, directions: int, shared: bool) -> tuple[list[float], list[Tensor], list[int]]:
+    optimizer = zo_dist.ZeroOrder(model, lr=1e-3, directions=directions, self_check=False)
+    rows_seen: list[int] = []
+    optimizer.layers[1].register_forward_pre_hook(lambda m, args: rows_seen.append(args[0].shape[0]))
+    if not shared:
+        optimizer.layers = []
+    losses = [optimizer.step_batch(batch(), zo_dist.causal_lm_loss) for _ in range(4)]
+    return losses, [p.detach().clone() for p in model.parameters()], rows_seen
+
+
+@pytest.mark.parametrize("directions", [1, 3, ROWS])
+@pytest.mark.parametrize("kind", MODELS)
+def test_same_bits_and_half_the_rows(kind: str, directions: int) -> None:
+    torch.manual_seed(0)
+    model = train_late_layers(MODELS[kind]())
+    losses, weights, rows = run(copy.deepcopy(model), directions, shared=True)
+    plain_losses, plain_weights, plain_rows = run(model, directions, shared=False)
+    # Each row of a prefix layer is computed by the same kernels from the same input; a GEMM over half
+    # the rows may still add in another order: float32 losses of about 4.6 differ by some 1e-6 at most.
+    assert losses == pytest.approx(plain_losses, abs=1e-5)
+    for ours, plain in zip(weights, plain_weights, strict=True):
+        # lr 1e-3 times the slopes' difference, 1e-5 / eps of 1e-3, over 4 steps.
+        assert torch.allclose(ours, plain, rtol=0, atol=4e-5)
+    assert set(rows) == {ROWS}
+    assert set(plain_rows) == {2 * ROWS}
+
+
+def test_no_prefix_when_a_drawn_module_runs_before_the_layers(caplog: pytest.LogCaptureFixture) -> None:
+    """OPT with a projection in front of its layers, trained: its layers must see both sides' rows."""
+    torch.manual_seed(0)
+    model = OPTForCausalLM(OPTConfig(**TINY, ffn_dim=64, word_embed_proj_dim=16))
+    for name, param in model.named_parameters():
+        param.requires_grad_("project_in" in name or ".5." in name)
+    caplog.set_level("INFO")
+    losses, weights, rows = run(copy.deepcopy(model), 3, shared=True)
+    assert "no shared prefix" in caplog.text
+    plain_losses, plain_weights, _ = run(model, 3, shared=False)
+    assert losses == plain_losses
+    assert all(torch.equal(a, b) for a, b in zip(weights, plain_weights, strict=True))
+    assert set(rows) == {2 * ROWS}
+
+
+class Repeated(nn.Module):
+    """Runs its first layer again after the last one, as models that share weights over depth do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.layers, self.layers[0]]:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_a_layer_that_runs_again_takes_all_rows() -> None:
+    torch.manual_seed(0)
+    model = Repeated()
+    model.layers[0].requires_grad_(False)
+    model.layers[1].requires_grad_(False)
+    optimizer = zo_dist.ZeroOrder(model, lr=0.1, directions=2, self_check=False)
+    seen: list[int] = []
+    model.layers[0].register_forward_hook(lambda m, args, out: seen.append(out.shape[0]))
+    x = torch.randn(4, 8)
+    optimizer.step_batch({"x": x}, lambda m, b: m(b["x"]).square().mean(1))
+    assert seen == [4, 8]
