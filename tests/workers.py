@@ -232,7 +232,7 @@ ENGINES = (
 )
 
 
-def wrap(engine: str, model: Any, config: Mapping[str, Any] | None = None) -> Any:
+def wrap(engine: str, model: Any) -> Any:
     """`model` (the same on every rank) as a user of the engine would hand it to `ZeroOrder`."""
     import torch
 
@@ -244,11 +244,15 @@ def wrap(engine: str, model: Any, config: Mapping[str, Any] | None = None) -> An
         return _fully_shard(engine, model)
     if engine == "zero3_init":
         return _through_zero_init(model)
-    stage = int(engine[4])
-    zero: dict[str, Any] = {"stage": stage}
+    if engine == "zero2":  # DeepSpeed builds it with an optimizer only; a user may have one
+        config = {**ds_config(model, {"stage": 0}), "zero_optimization": {"stage": 2}}
+        config["zero_allow_untested_optimizer"] = True
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        return deepspeed_engine(model, config, optimizer=optimizer)
+    zero: dict[str, Any] = {"stage": int(engine[4])}
     if engine == "zero3_offload":
         zero["offload_param"] = {"device": "cpu"}
-    return deepspeed_engine(model, config or ds_config(model, zero))
+    return deepspeed_engine(model, ds_config(model, zero))
 
 
 def _fully_shard(engine: str, model: Any) -> Any:

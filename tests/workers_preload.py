@@ -1,18 +1,22 @@
 """Imported once by the server that rank processes are forked from (see workers.py)."""
 
+import importlib
 import importlib.util
 
 import torch
-import torch.distributed
 import torch.distributed.fsdp
 import transformers
 
-import zo_dist
-
 torch.set_num_threads(1)
-for kind in ("Llama", "OPT", "GPT2", "Qwen3", "Mixtral"):  # transformers imports models lazily
-    getattr(transformers, f"{kind}ForCausalLM")
+importlib.import_module("zo_dist")
+# transformers imports models lazily.
+for kind in (
+    "LlamaForCausalLM",
+    "OPTForCausalLM",
+    "GPT2LMHeadModel",
+    "Qwen3ForCausalLM",
+    "MixtralForCausalLM",
+):
+    getattr(transformers, kind)
 if importlib.util.find_spec("deepspeed"):
-    import deepspeed
-    import deepspeed.runtime.zero.partition_parameters
-assert zo_dist
+    importlib.import_module("deepspeed.runtime.zero.partition_parameters")

@@ -38,7 +38,12 @@ class StepBatches:
     ) -> None:
         if len(rows) < rows_per_step:
             raise ValueError(f"{rows_per_step} rows per step, but there are only {len(rows)} training rows")
-        self._rows, self._rows_per_step, self._length_pool, self._seed = rows, rows_per_step, length_pool, seed
+        self._rows, self._rows_per_step, self._length_pool, self._seed = (
+            rows,
+            rows_per_step,
+            length_pool,
+            seed,
+        )
         self._first, self._stop = (k * rows_per_step // num_ranks for k in (rank, rank + 1))
         self._micro_rows = micro_rows or rows_per_step
         self._pad_id, self._fast, self._device = pad_id, fast, device

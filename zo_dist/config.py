@@ -15,7 +15,7 @@ import yaml
 from zo_dist.estimators import Estimator, OneSided, TwoSided
 from zo_dist.noise import Law
 from zo_dist.optimizer import Perturb
-from zo_dist.rules import SGD, Rounding
+from zo_dist.rules import SGD, Rounding, Rule
 from zo_dist.samplers import AdaLeZO, Dense, Sampler, Uniform
 from zo_dist.settings import apply_overrides, build, read_yaml
 
@@ -164,7 +164,10 @@ class OptimizerConfig:
                 raise ValueError(f"{name} is {value}; it must be finite and above 0")
         _at_least(self, 1, "directions")
         _at_least(self, 0, "seed", "max_skipped")
-        SGD(self.weight_decay)
+        self.build_rule()
+
+    def build_rule(self) -> Rule:
+        return SGD(self.weight_decay)
 
     def build_estimator(self) -> Estimator:
         return TwoSided() if self.estimator == "two_sided" else OneSided()
@@ -175,8 +178,8 @@ class TrainConfig:
     """The loop around the step.
 
     `rows`: per step, over all ranks. `micro_rows`: the most rows of one forward on one rank (each
-    of them runs once per side of its direction); null does not cut. `final_fraction`: the learning
-    rate at the last step, as a share of `lr`. `eval_every`: steps between evaluations on the first
+    of them runs once per side of its direction); null does not cut. `final_fraction`: what
+    share of `lr` the schedule ends at. `eval_every`: steps between evaluations on the first
     `eval_rows` validation rows, 0 for none; `eval_micro_rows`: rows of one forward there.
     `save_best`: keep the weights with the lowest validation loss too. `max_seconds`: stop after
     the step during which this much training time has passed.
@@ -228,7 +231,9 @@ class Config:
                 f"({self.train.rows}): each direction is tested by at least one row"
             )
         if self.data.train < self.train.rows:
-            raise ValueError(f"train.rows is {self.train.rows}; it must be at most data.train ({self.data.train})")
+            raise ValueError(
+                f"train.rows is {self.train.rows}; it must be at most data.train ({self.data.train})"
+            )
         if self.train.eval_every and not self.data.validation:
             raise ValueError("train.eval_every needs validation rows, but data.validation is 0")
 

@@ -13,11 +13,12 @@ from zo_dist.config import TrainConfig
 def lr_share(step: int, config: TrainConfig) -> float:
     """The learning rate of `step` (from 0), as a share of `lr`.
 
-    It rises linearly over `warmup_steps`, then falls to `final_fraction` at the last step.
+    It rises linearly over `warmup_steps`, then falls so that a step after the last would have
+    `final_fraction`: no step is spent at a rate of 0.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
     done = min(done, 1.0)
     if config.schedule == "linear":
         left = 1.0 - done

@@ -5,7 +5,7 @@ Nothing else in the package imports `torch.distributed`, DeepSpeed or FSDP.
 
 from __future__ import annotations
 
-from zo_dist.engines.base import Engine, initialize_process_group, on_each_node_first
+from zo_dist.engines.base import Engine, initialize_process_group, leave_process_group, on_each_node_first
 from zo_dist.engines.ds_config import DsConfig, read_ds_config
 from zo_dist.engines.select import select
 
@@ -13,6 +13,7 @@ __all__ = [
     "DsConfig",
     "Engine",
     "initialize_process_group",
+    "leave_process_group",
     "on_each_node_first",
     "read_ds_config",
     "select",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from zo_dist.params import Param, Span
 
 T = TypeVar("T")
+
+# Of an error message sent to the other ranks.
+_REASON_BYTES = 600
 
 
 class Engine:
@@ -99,10 +102,25 @@ class Engine:
     def together(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error, so that none waits for one that left."""
         failed = self.exchange([float(error is not None)]).flatten().nonzero().flatten().tolist()
+        if not failed:
+            return
+        # The reason travels too: rank 0, which people read, may not be the rank that failed.
+        text = str(error).encode()[:_REASON_BYTES] if self.rank == failed[0] else b""
+        reasons = self.exchange([float(byte) for byte in text.ljust(_REASON_BYTES, b"\0")])
         if error is not None:
             raise error
-        if failed:
-            raise ValueError(f"stopped because rank {failed[0]} failed; its log has the reason")
+        reason = bytes(int(x) for x in reasons[failed[0]].tolist()).rstrip(b"\0").decode(errors="ignore")
+        raise ValueError(f"stopped because rank {failed[0]} failed: {reason}")
+
+    @contextmanager
+    def jointly(self) -> Iterator[None]:
+        """Run a block without collectives; if it raises on any rank, every rank raises at its end."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.together(error)
 
 
 def _digest(text: str) -> int:
@@ -124,6 +142,12 @@ def initialize_process_group(timeout_s: float = 600.0) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return device
+
+
+def leave_process_group() -> None:
+    """Leave the process group, at the end of a run or after an error that every rank has."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def on_each_node_first(job: Callable[[], T]) -> T:

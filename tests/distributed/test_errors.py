@@ -1,0 +1,189 @@
+"""Bad input stops every rank with a clear message, and none of them hangs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import table
+import torch
+from injected import Injected, remembered_noise
+from models import build, cut, loss_of, rows_for
+from workers import Pool, deepspeed_engine, digest, ds_config, needs_deepspeed, whole_weights, wrap
+
+PoolOf = Callable[[int], Pool]
+
+
+def rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
+def make(engine: str, **options: Any) -> Any:
+    return table.optimizer(wrap(engine, build("sequential")), self_check=False, **options)
+
+
+def with_a_setting_of_its_own(engine: str, options: dict[str, list[Any]]) -> None:
+    make(engine, **{key: values[rank()] for key, values in options.items()})
+
+
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": [1e-3, 2e-3]},
+        {"seed": [0, 1]},
+        {"eps": [1e-3, 1e-2]},
+        {"directions": [1, 2]},
+        {"rounding": ["kahan", "nearest"]},
+        {"noise": ["rademacher", "gaussian"]},
+        {"perturb": ["module", "shard"]},
+        {"sampler": ["dense", "uniform"]},
+        {"estimator": ["two_sided", "one_sided"]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_settings_that_differ_between_ranks(pool: PoolOf, engine: str, options: dict[str, list[Any]]) -> None:
+    for error in pool(2).errors(with_a_setting_of_its_own, engine, options):
+        assert "ValueError: ranks disagree" in error
+        key = next(iter(options))
+        assert key in error or key in ("sampler", "estimator")
+
+
+def with_weights_of_its_own(engine: str) -> None:
+    table.optimizer(wrap(engine, build("sequential", seed=rank())))
+
+
+def test_starting_weights_that_differ_between_ranks(pool: PoolOf) -> None:
+    for error in pool(3).errors(with_weights_of_its_own, "replicated"):
+        assert "ValueError: ranks disagree on the starting weights: 0.weight" in error
+
+
+def with_nan(engine: str, mode: str, max_skipped: int) -> dict[str, Any]:
+    """A NaN on row 5, which the last rank holds, in steps 1 and 2."""
+    optimizer = make(engine, lr=0.1, perturb=mode, directions=2, max_skipped=max_skipped)
+    batch = cut(rows_for("sequential", 6), 3 * rank(), 3 * rank() + 3)
+    losses, digests, means = Injected(mode, 2), [digest(whole_weights(optimizer))], []
+    with remembered_noise():
+        for step in range(4):
+            losses.nan_at = (step, 5) if step in (1, 2) else None
+            means.append(optimizer.step_batch(batch, losses))
+            digests.append(digest(whole_weights(optimizer)))
+    return {"digests": digests, "means": means, "skipped": optimizer.skipped}
+
+
+@pytest.mark.parametrize("mode", table.MODES)
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2"])
+def test_a_nan_on_one_rank_skips_the_step_on_all(pool: PoolOf, engine: str, mode: str) -> None:
+    for result in pool(2).run(with_nan, engine, mode, 2):
+        start, *after = result["digests"]
+        assert after[0] != start
+        assert after[0] == after[1] == after[2]
+        assert after[3] != after[2]
+        assert [math.isnan(m) for m in result["means"]] == [False, True, True, False]
+        assert result["skipped"] == 2
+
+
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2"])
+def test_too_many_nans_in_a_row_stop_the_run(pool: PoolOf, engine: str) -> None:
+    for error in pool(2).errors(with_nan, engine, "module", 1):
+        assert "NonFiniteLossError: 2 steps in a row" in error
+
+
+def with_a_bad_batch(engine: str, case: str) -> None:
+    optimizer = make(engine, directions=3)
+    batch: Any = cut(rows_for("sequential", 2), rank(), rank() + 1)
+    if case == "bad on rank 1" and rank() == 1:
+        batch["y"] = torch.zeros(2)
+        batch["x"] = torch.zeros(3, 3)
+    if case == "empty list on rank 1" and rank() == 1:
+        batch = []
+    optimizer.step_batch(batch, loss_of)
+
+
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2"])
+@pytest.mark.parametrize(
+    ("case", "messages"),
+    [
+        ("bad on rank 1", ("rank 1 was given a bad batch", "disagree on the number of rows")),
+        ("empty list on rank 1", ("rank 1 was given a bad batch", "empty list")),
+        ("too few rows", ("3 directions need at least", "3 directions need at least")),
+    ],
+)
+def test_bad_batches(pool: PoolOf, engine: str, case: str, messages: tuple[str, str]) -> None:
+    errors = pool(2).errors(with_a_bad_batch, engine, case)
+    assert all(message in error for message, error in zip(messages, errors, strict=True)), errors
+
+
+def with_a_wrong_model(case: str) -> None:
+    model = build("llama")
+    if case == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    elif case == "an optimizer":
+        config = {**ds_config(model, {"stage": 3}), "zero_allow_untested_optimizer": True}
+        model = deepspeed_engine(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
+    elif case == "hpz" or case == "quantised":
+        model = wrap("zero3", model)
+        if case == "hpz":
+            model.zero_hpz_partition_size = lambda: 2
+        else:
+            model.zero_quantized_weights = lambda: True
+    elif case == "no engine":
+        model = wrap("zero3", model).module
+    elif case == "not the root":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model.model.layers[0])
+    table.optimizer(model)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("fsdp1", "fully_shard (FSDP2)"),
+        ("not the root", "fully_shard(model) last"),
+        pytest.param("an optimizer", "without optimizer", marks=needs_deepspeed),
+        pytest.param("hpz", "zero_hpz_partition_size is 2", marks=needs_deepspeed),
+        pytest.param("quantised", "zero_quantized_weights rounds", marks=needs_deepspeed),
+        pytest.param("no engine", "deepspeed.initialize", marks=needs_deepspeed),
+    ],
+)
+def test_models_that_cannot_be_trained(pool: PoolOf, case: str, message: str) -> None:
+    for error in pool(2).errors(with_a_wrong_model, case):
+        assert error.startswith("ValueError")
+        assert message in error
+
+
+# No errors
+
+
+def accumulated(engine: str, mode: str, pieces: list[list[tuple[int, int]]]) -> str:
+    """Digest after 5 steps with this rank's micro-batches of the 12 rows of all ranks."""
+    import torch.distributed as dist
+
+    optimizer = make(engine, lr=2.0**-7, eps=2.0**-6, directions=5, perturb=mode, sampler="adalezo")
+    batch = rows_for("sequential", 12)
+    losses = Injected(mode, 5, max(len(p) for p in pieces[: dist.get_world_size()]))
+    with remembered_noise():
+        for _ in range(5):
+            optimizer.step_batch([cut(batch, a, b) for a, b in pieces[rank()]], losses)
+    return digest(whole_weights(optimizer))
+
+
+@pytest.mark.parametrize("mode", table.MODES)
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_micro_batches_are_one_large_batch(pool: PoolOf, engine: str, mode: str) -> None:
+    """Cut anywhere, unequal in number between ranks, a rank of no rows among them."""
+    cuts = [
+        [[(0, 6)], [(6, 12)]],
+        [[(0, 1), (1, 6)], [(6, 12)]],
+        [[(0, 12)], [(12, 12)]],
+        [[(0, 0)], [(0, 3), (3, 4), (4, 12)]],
+    ]
+    digests = [d for pieces in cuts for d in pool(2).run(accumulated, engine, mode, pieces)]
+    assert len(set(digests)) == 1

@@ -1,0 +1,269 @@
+"""The central claim: the same losses leave the same bits, whoever holds the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import table
+import torch
+from injected import Injected, remembered_noise
+from models import build, cut, loss_of, rows_for
+from reference import Reference, weight_tolerance
+from workers import HAVE_DEEPSPEED, Pool, digest, needs_deepspeed, whole_weights, wrap
+
+STEPS = 20
+LR, EPS = 2.0**-7, 2.0**-6
+ROWS = 11
+# Each rank's micro-batches, as ranges of the rows of all ranks: uneven ranks, uneven numbers of
+# micro-batches, and a rank without rows. No number of directions above 1 divides the rows.
+SHARES: dict[int, list[list[tuple[int, int]]]] = {
+    1: [[(0, 4), (4, 11)]],
+    2: [[(0, 7)], [(7, 9), (9, 11)]],
+    3: [[(0, 5)], [(5, 5)], [(5, 8), (8, 11)]],
+}
+SEQUENTIAL_ARMS = (
+    ("0.weight", "0.bias"),
+    ("2.first.weight", "2.first.bias", "2.second.bias"),
+    ("3.weight",),
+    ("4.scale",),
+    ("5.weight", "5.bias"),
+)
+LLAMA_LAYER = (
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+)
+ARMS = {
+    "sequential": SEQUENTIAL_ARMS,
+    "llama": (
+        ("model.embed_tokens.weight",),
+        *(tuple(f"model.layers.{i}.{name}" for name in LLAMA_LAYER) for i in range(2)),
+        ("model.norm.weight", "lm_head.weight"),
+    ),
+}
+
+# One row per run: (dtype, rounding), directions, sampler, mode, law, estimator. Of all combinations
+# of these and of (engine, ranks), each pair of values of different columns is in one of the runs.
+Combo = tuple[tuple[str, str], int, str, str, str, str]
+PLACES = tuple((engine, ranks) for engine in table.MAIN_ENGINES for ranks in table.RANKS)
+RUNS = table.all_pairs(
+    PLACES,
+    table.WRITES,
+    table.DIRECTIONS,
+    tuple(table.SAMPLERS),
+    table.MODES,
+    table.LAWS,
+    tuple(table.ESTIMATORS),
+)
+# For engines that share their code with a main one: each direction count, mode and dtype once.
+FEW: list[Combo] = [
+    (("float32", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided"),
+    (("bfloat16", "kahan"), 8, "uniform", "module", "gaussian", "one_sided"),
+    (("float16", "stochastic"), 2, "dense", "shard", "rademacher", "two_sided"),
+    (("bfloat16", "stochastic"), 1, "adalezo", "shard", "gaussian", "two_sided"),
+]
+
+
+def runs_on_rank(engine: str, kind: str, combos: list[Combo]) -> list[str]:
+    """Digests of this rank's whole weights after each run."""
+    import torch.distributed as dist
+
+    share = SHARES[dist.get_world_size()]
+    num_forwards = max(len(pieces) for pieces in share)
+    digests = []
+    for (dtype, rounding), directions, sampler, mode, law, estimator in combos:
+        kind_of = table.dtype_of(dtype)
+        batch = rows_for(kind, ROWS, dtype=kind_of)
+        mine = [cut(batch, a, b) for a, b in share[dist.get_rank()]]
+        optimizer = table.optimizer(
+            wrap(engine, build(kind, kind_of)),
+            lr=LR,
+            eps=EPS,
+            sampler=sampler,
+            estimator=estimator,
+            directions=directions,
+            perturb=mode,
+            noise=law,
+            rounding=rounding,
+            rule=_decay(),
+            self_check=False,
+        )
+        loss = Injected(mode, directions, num_forwards)
+        with remembered_noise():
+            for _ in range(STEPS):
+                optimizer.step_batch(mine, loss)
+        digests.append(digest(whole_weights(optimizer)))
+    return digests
+
+
+def _decay() -> Any:
+    import zo_dist
+
+    return zo_dist.SGD(weight_decay=0.01)
+
+
+@cache
+def bits_of_reference(kind: str, combo: Combo) -> str:
+    (dtype, rounding), directions, sampler, _, law, estimator = combo
+    model = build(kind, table.dtype_of(dtype))
+    reference = _reference(model, kind, sampler, directions, law, rounding, estimator, weight_decay=0.01)
+    batch, loss = rows_for(kind, ROWS, dtype=table.dtype_of(dtype)), Injected("reference", directions)
+    with remembered_noise():
+        for _ in range(STEPS):
+            reference.step(batch, loss)
+    return digest(reference.weights())
+
+
+def _reference(
+    model: Any,
+    kind: str,
+    sampler: str,
+    directions: int,
+    law: str = "rademacher",
+    rounding: str = "stochastic",
+    estimator: str = "two_sided",
+    weight_decay: float = 0.0,
+) -> Reference:
+    method, options = table.REFERENCE[sampler]
+    return Reference(
+        model,
+        ARMS[kind],
+        method,
+        lr=LR,
+        eps=EPS,
+        directions=directions,
+        law=law,
+        rounding=rounding,
+        weight_decay=weight_decay,
+        two_sided=estimator == "two_sided",
+        options=options,
+    )
+
+
+def _expect_same(digests: list[list[str]], kind: str, combos: list[Combo]) -> None:
+    for i, combo in enumerate(combos):
+        got = [rank[i] for rank in digests]
+        assert got == [bits_of_reference(kind, combo)] * len(got), combo
+
+
+def _skip_without_deepspeed(engine: str) -> None:
+    if engine.startswith("zero") and not HAVE_DEEPSPEED:
+        pytest.skip("deepspeed is not installed")
+
+
+@pytest.mark.parametrize(("engine", "num_ranks"), PLACES)
+def test_given_losses_leave_the_same_bits(pool: Callable[[int], Pool], engine: str, num_ranks: int) -> None:
+    _skip_without_deepspeed(engine)
+    combos: list[Combo] = [run[1:] for run in RUNS if run[0] == (engine, num_ranks)]
+    assert len(combos) >= len(table.WRITES)
+    _expect_same(pool(num_ranks).run(runs_on_rank, engine, "sequential", combos), "sequential", combos)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "engine"), [(n, e) for n, names in table.MORE_ENGINES.items() for e in names]
+)
+def test_given_losses_leave_the_same_bits_on_the_other_forms(
+    pool: Callable[[int], Pool], engine: str, num_ranks: int
+) -> None:
+    _skip_without_deepspeed(engine)
+    combos = FEW
+    if engine == "fsdp2_mixed":  # its shards are float32
+        combos = [((("float32", "stochastic")), *combo[1:]) for combo in FEW]
+    _expect_same(pool(num_ranks).run(runs_on_rank, engine, "sequential", combos), "sequential", combos)
+
+
+@pytest.mark.parametrize("engine", [*table.MAIN_ENGINES, "zero3_init"])
+def test_given_losses_leave_the_same_bits_on_a_language_model(
+    pool: Callable[[int], Pool], engine: str
+) -> None:
+    _skip_without_deepspeed(engine)
+    _expect_same(pool(2).run(runs_on_rank, engine, "llama", FEW[:3]), "llama", FEW[:3])
+
+
+def test_the_bits_do_depend_on_what_they_should() -> None:
+    """A digest of nothing, or losses that do not reach the weights, would make all above pass."""
+    base: Combo = (("bfloat16", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided")
+    others: list[Combo] = [
+        (("bfloat16", "kahan"), *base[1:]),
+        (("bfloat16", "nearest"), *base[1:]),
+        (base[0], 2, *base[2:]),
+        (*base[:2], "dense", *base[3:]),
+        (*base[:4], "gaussian", "two_sided"),
+        (*base[:5], "one_sided"),
+    ]
+    start = digest(dict(build("sequential", torch.bfloat16).named_parameters()))
+    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 8
+
+
+# End to end: the losses are the model's own.
+
+
+def trajectory_on_rank(engine: str, kind: str, sampler: str, directions: int, mode: str) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    batch = rows_for(kind, ROWS)
+    mine = [cut(batch, a, b) for a, b in SHARES[dist.get_world_size()][dist.get_rank()]]
+    optimizer = table.optimizer(
+        wrap(engine, build(kind)), lr=LR, eps=EPS, sampler=sampler, directions=directions, perturb=mode
+    )
+    for _ in range(STEPS):
+        optimizer.step_batch(mine, loss_of)
+    weights = whole_weights(optimizer)
+    return {"digest": digest(weights), "weights": weights if dist.get_rank() == 0 else None}
+
+
+@cache
+def trajectory_of_reference(kind: str, sampler: str, directions: int) -> tuple[dict[str, Any], float, float]:
+    """Final weights, the farthest that one moved, and the largest loss on the way."""
+    model = build(kind)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    reference = _reference(model, kind, sampler, directions)
+    with remembered_noise():
+        losses = [reference.step(rows_for(kind, ROWS), loss_of) for _ in range(STEPS)]
+    after = reference.weights()
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    return after, moved, max(losses)
+
+
+# AdaLeZO learns from slopes: see the comment in test_reference.py.
+GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0}
+
+
+@pytest.mark.parametrize("engine", [*table.MAIN_ENGINES, "hsdp_2x1", "fsdp2_offload", "zero3_init", "zero2"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("sampler", "directions", "mode"),
+    [("dense", 1, "module"), ("adalezo", 3, "module"), ("uniform", 2, "shard")],
+)
+def test_own_losses_give_the_trajectory_of_the_reference(
+    pool: Callable[[int], Pool], engine: str, num_ranks: int, sampler: str, directions: int, mode: str
+) -> None:
+    _skip_without_deepspeed(engine)
+    if engine not in table.MAIN_ENGINES and num_ranks != 2:
+        pytest.skip("the other forms run on two ranks")
+    results = pool(num_ranks).run(trajectory_on_rank, engine, "llama", sampler, directions, mode)
+    assert len({r["digest"] for r in results}) == 1
+    expected, moved, loss = trajectory_of_reference("llama", sampler, directions)
+    tolerance = weight_tolerance(STEPS, LR, EPS, loss, gain=GAIN[sampler])
+    assert moved > 20 * tolerance
+    for name, weight in results[0]["weights"].items():
+        error = float((weight - expected[name]).abs().max())
+        assert error <= tolerance, f"{name} is off by {error}, tolerance {tolerance}"
+
+
+@needs_deepspeed
+def test_no_engine_is_left_out() -> None:
+    """Every engine that workers.py can make is in one of the tables above."""
+    import workers
+
+    tested = {*table.MAIN_ENGINES, "zero3_init", *(e for names in table.MORE_ENGINES.values() for e in names)}
+    assert tested == set(workers.ENGINES)

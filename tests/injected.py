@@ -1,0 +1,85 @@
+"""Losses that are given, not computed: what is left to compare is everything else, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from models import loss_of
+from torch import Tensor, nn
+
+from zo_dist import noise
+
+
+class Injected:
+    """A row loss that runs the model, so that its weights are gathered, and returns known numbers.
+
+    They depend on the step, the row and the side (+ or -) alone. Which step and side a call is for
+    follows from the contract: in module mode each micro-batch is one call in which a row comes first
+    with its +, then with its - side; in shard mode, as in the reference, there is one call for each
+    direction, side and micro-batch. The numbers are multiples of 2**-10, so sums of them are exact
+    in any order.
+    """
+
+    def __init__(self, mode: str, directions: int, num_forwards: int = 1, nan_at: Any = None) -> None:
+        self.mode, self.num_forwards, self.nan_at = mode, num_forwards, nan_at
+        self.calls_per_step = num_forwards * (1 if mode == "module" else 2 * directions)
+        self.calls = 0
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        loss_of(model, batch)
+        step, side = self.calls // self.calls_per_step, self.calls // self.num_forwards % 2
+        self.calls += 1
+        seen: set[int] = set()
+        losses = []
+        for row in batch["row"].tolist():
+            losses.append(known_loss(step, row, int(row in seen) if self.mode == "module" else side))
+            seen.add(row)
+            if self.nan_at == (step, row):
+                losses[-1] = float("nan")
+        weights = [1.0 + row % 3 for row in batch["row"].tolist()]
+        return torch.tensor(losses), torch.tensor(weights)
+
+
+def known_loss(step: int, row: int, side: int) -> float:
+    return random.Random(f"{step} {row} {side}").randrange(1 << 12) / 1024
+
+
+@contextmanager
+def remembered_noise() -> Iterator[None]:
+    """Each block of random words, and each z, is computed once in this process, then looked up.
+
+    Tests of tiny models otherwise spend their time in Philox: the words of a weight are the same for
+    the + and the - side, the update, both perturb modes and every engine. The function itself is the
+    package's; test_noise.py checks it, and the tests of whole trajectories run it unremembered.
+    """
+    original = noise.philox
+
+    def philox(counter: tuple[Tensor, ...], schedule: Tensor) -> tuple[Tensor, ...]:
+        key = (*((tuple(c.shape), c.numpy().tobytes()) for c in counter), schedule.numpy().tobytes())
+        if key not in _words:
+            _words[key] = original(counter, schedule)  # type: ignore[arg-type]
+        return _words[key]
+
+    expand = dict(noise._EXPAND)
+
+    def gaussian(words: Tensor, scale: Tensor) -> Tensor:
+        key = (tuple(words.shape), words.numpy().tobytes())
+        if key not in _normals:
+            _normals[key] = expand["gaussian"](words, torch.ones(()))
+        return _normals[key] * scale
+
+    noise.philox = philox  # type: ignore[assignment]
+    noise._EXPAND["gaussian"] = gaussian
+    try:
+        yield
+    finally:
+        noise.philox = original
+        noise._EXPAND.update(expand)
+
+
+_normals: dict[object, Tensor] = {}
+_words: dict[tuple[object, ...], tuple[Tensor, ...]] = {}

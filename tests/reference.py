@@ -1,0 +1,226 @@
+"""MeZO, LeZO and AdaLeZO the slow, obvious way: one process, plain torch, whole copies of the model.
+
+Written from the papers, not from the package; of the package it uses the noise function alone (z, the
+the samplers' uniforms, the bits of stochastic rounding), which tests/test_noise.py checks by itself
+against the scalar generator below.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_dist.noise import Noise
+
+# (model, batch) -> one loss per row, or (sums, weights) per row
+RowLoss = Callable[[nn.Module, dict[str, Tensor]], Any]
+
+
+class Reference:
+    """One optimizer; `step` takes the rows of all ranks at once.
+
+    `arms`: the parameter names of each arm. `method`: `mezo`, `lezo` or `adalezo`, with its
+    `options` (sparsity; ratio, tau, gamma, alpha, clip).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arms: Sequence[Sequence[str]],
+        method: str,
+        lr: float,
+        eps: float,
+        directions: int = 1,
+        law: str = "rademacher",
+        seed: int = 0,
+        rounding: str = "stochastic",
+        weight_decay: float = 0.0,
+        two_sided: bool = True,
+        options: Mapping[str, float] | None = None,
+    ) -> None:
+        self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
+        self.noise = Noise(law, seed)  # type: ignore[arg-type]
+        self.method, self.lr, self.eps, self.directions = method, lr, eps, directions
+        self.rounding, self.weight_decay, self.two_sided = rounding, weight_decay, two_sided
+        self.options = {"sparsity": 0.75, "ratio": 0.2, "tau": 0.6, "gamma": 0.1, "alpha": 0.1, "clip": 4.0}
+        self.options.update(options or {})
+        self.scores = [0.0] * len(arms)  # AdaLeZO's q
+        self.lost = {name: torch.zeros_like(p) for name, p in self.weights().items()}
+        self.step_number = 0
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+    # Samplers
+
+    def probabilities(self) -> list[float]:
+        top = max(self.scores)
+        scaled = [q / top if top > 1e-6 else q for q in self.scores]
+        exps = [math.exp(s / self.options["tau"]) for s in scaled]
+        gamma = self.options["gamma"]
+        return [(1 - gamma) * e / sum(exps) + gamma / len(exps) for e in exps]
+
+    def draw(self, direction: int) -> dict[int, float]:
+        """Each drawn arm and the weight of its update."""
+        count = len(self.arms)
+        uniform = lambda n: self.noise.uniforms("zo_dist.sampler", self.step_number, direction, n)  # noqa: E731
+        if self.method == "mezo":
+            return dict.fromkeys(range(count), 1.0)
+        if self.method == "lezo":
+            kept = max(1, round((1 - self.options["sparsity"]) * count))
+            order = sorted(zip(uniform(count), range(count), strict=True))
+            return dict.fromkeys(sorted(arm for _, arm in order[:kept]), 1.0)
+        draws, p = max(1, int(self.options["ratio"] * count)), self.probabilities()
+        edges = list(itertools.accumulate(p))[:-1]
+        drawn = sorted(sum(u >= edge for edge in edges) for u in uniform(draws))
+        clip = self.options["clip"]
+        return {arm: drawn.count(arm) * min(1 / (draws * p[arm]), clip) for arm in drawn}
+
+    # The step
+
+    def z(self, name: str, direction: int) -> Tensor:
+        shape = self.weights()[name].shape
+        return self.noise.values(name, self.step_number, direction, 0, shape.numel()).view(shape)
+
+    def loss_at(self, direction: int, drawn: Sequence[int], sign: float, rows: Any, loss: RowLoss) -> Any:
+        """Summed loss and weight of some rows, on a copy of the model shifted by sign * eps * z."""
+        names = {name for arm in drawn for name in self.arms[arm]}
+        shifted = dict(self.copy.named_parameters())
+        for name, weight in self.weights().items():
+            moved = weight.float()
+            if name in names and sign:
+                moved = moved + self.z(name, direction) * torch.tensor(sign * self.eps)
+            shifted[name].data.copy_(moved)
+        out = loss(self.copy, rows)
+        sums, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
+        return math.fsum(sums.double().tolist()), math.fsum(weights.double().tolist())
+
+    @torch.no_grad()
+    def step(self, batch: dict[str, Tensor], loss: RowLoss) -> float:
+        total = len(next(iter(batch.values())))
+        draws, slopes, shares, seen = [], [], [], [0.0, 0.0]
+        for direction in range(self.directions):
+            drawn = self.draw(direction)
+            mine = [r for r in range(total) if r * self.directions // total == direction]
+            rows = {key: value[mine] for key, value in batch.items()}
+            high = self.loss_at(direction, list(drawn), 1.0, rows, loss)
+            low = self.loss_at(direction, list(drawn), -1.0 if self.two_sided else 0.0, rows, loss)
+            distance = 2.0 * self.eps if self.two_sided else self.eps
+            slopes.append((high[0] / high[1] - low[0] / low[1]) / distance)
+            shares.append(high[1] + low[1])
+            draws.append(drawn)
+            seen = [seen[0] + high[0] + low[0], seen[1] + high[1] + low[1]]
+        coefs = [slope * share / sum(shares) for slope, share in zip(slopes, shares, strict=True)]
+        for arm, names in enumerate(self.arms):
+            if any(arm in drawn for drawn in draws):
+                for name in names:
+                    self.write(name, [(d, coefs[d] * w[arm]) for d, w in enumerate(draws) if arm in w])
+        for drawn, slope in zip(draws, slopes, strict=True):
+            for arm in drawn:
+                alpha = self.options["alpha"]
+                self.scores[arm] = (1 - alpha) * self.scores[arm] + alpha * abs(slope)
+        self.step_number += 1
+        return seen[0] / seen[1]
+
+    def write(self, name: str, terms: Sequence[tuple[int, float]]) -> None:
+        weight = self.weights()[name]
+        estimate = torch.zeros(weight.shape)
+        for direction, coef in terms:
+            estimate += self.z(name, direction) * torch.tensor(coef)
+        exact = weight.float()
+        if self.rounding == "kahan" and weight.dtype != torch.float32:
+            exact = exact + self.lost[name].float()
+        if weight.ndim > 1 and self.weight_decay:
+            exact = exact * (1.0 - self.lr * self.weight_decay)
+        exact = exact - estimate * self.lr
+        if weight.dtype == torch.float32 or self.rounding == "nearest":
+            weight.copy_(exact)
+        elif self.rounding == "kahan":
+            weight.copy_(exact)
+            self.lost[name].copy_(exact - weight.float())
+        else:
+            self.noise.round(weight.view(-1), exact.view(-1), name, self.step_number, 0)
+
+
+def round_to(x: float, bits: int, dtype: torch.dtype) -> float:
+    """`x` to a 16-bit grid in exact arithmetic, away from zero with 16 random bits (or the last 13).
+
+    Below fp16's normal numbers the grid is that of fixed point, and rounding goes up, not away.
+    """
+    if x == 0.0:
+        return x
+    exponent = math.frexp(x)[1] - 1
+    if dtype == torch.bfloat16:
+        gap, chance = 2.0 ** (max(exponent, -126) - 7), bits / 2**16
+    elif exponent >= -14:
+        gap, chance = 2.0 ** (exponent - 10), (bits & 0x1FFF) / 2**13
+    else:
+        return math.copysign(math.floor(x * 2.0**24 + bits / 2**16) * 2.0**-24, x)
+    return math.copysign(math.floor(abs(x) / gap + chance) * gap, x)
+
+
+def philox4x32(counter: Sequence[int], key: Sequence[int]) -> tuple[int, ...]:
+    """Philox4x32-10 (Salmon et al., SC'11) in Python integers."""
+    x, (k0, k1) = list(counter), key
+    for _ in range(10):
+        a, b = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
+        x = [(b >> 32) ^ x[1] ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ x[3] ^ k1, a & 0xFFFFFFFF]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return tuple(x)
+
+
+def words_of_block(
+    seed: int, name: str, step: int, stream: int, direction: int, block: int
+) -> tuple[int, ...]:
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+    key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
+    return philox4x32((block & 0xFFFFFFFF, block >> 32, step, stream << 24 | direction), key)
+
+
+def rademacher(seed: int, name: str, step: int, direction: int, element: int) -> float:
+    """z at one element: stream 0, bit `element % 128` of block `element // 128`."""
+    block, bit = divmod(element, 128)
+    words = words_of_block(seed, name, step, 0, direction, block)
+    return -1.0 if words[bit // 32] >> (bit % 32) & 1 else 1.0
+
+
+def rounding_bits(seed: int, name: str, step: int, offset: int, numel: int) -> list[int]:
+    """16 bits for each element: stream 1, and in each 512 elements the 64 words of 16 blocks.
+
+    They serve the first 64 elements as they are, the next 64 turned right by 4 bits, and so on.
+    """
+    bits = []
+    for element in range(offset, offset + numel):
+        tile, place = divmod(element, 512)
+        turn, word = divmod(place, 64)
+        block = _rounding_block(seed, name, step, tile * 16 + word // 4)
+        bits.append((block[word % 4] >> 4 * turn | block[word % 4] << (32 - 4 * turn)) & 0xFFFF)
+    return bits
+
+
+@cache
+def _rounding_block(seed: int, name: str, step: int, block: int) -> tuple[int, ...]:
+    return words_of_block(seed, name, step, 1, 0, block)
+
+
+def weight_tolerance(
+    steps: int, lr: float, eps: float, loss: float, zmax: float = 1.0, gain: float = 1.0
+) -> float:
+    """How far apart weights may be after `steps` steps if each loss is off by some fp32 roundings.
+
+    A loss of size `loss` that comes out of a few dozen float32 operations in sequence, dot products
+    of at most 64 terms among them, is off by at most about 64 units in the last place (2**-23): rows
+    are stacked or not, so the order of sums in a product of matrices may differ. The slope
+    (L+ - L-) / (2 eps) is then off by that over eps, a weight by lr * zmax of it in each step.
+    `gain`: by how much more a sampler that learns from slopes can magnify that. The factor 2 is for
+    the losses seen from weights that differ already: lr * curvature * steps stays well below 1.
+    """
+    return 2.0 * steps * lr * zmax * gain * 64 * 2.0**-23 * loss / eps

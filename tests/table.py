@@ -1,0 +1,87 @@
+"""What there is: engines, samplers, estimators, laws, roundings. Every property runs over these.
+
+A new method joins the tests by one more row here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import zo_dist
+from zo_dist.estimators import Estimator
+from zo_dist.samplers import Sampler
+
+SAMPLERS: dict[str, Callable[[], Sampler]] = {
+    "dense": zo_dist.Dense,
+    "uniform": lambda: zo_dist.Uniform(sparsity=0.5),
+    "adalezo": lambda: zo_dist.AdaLeZO(ratio=0.6),
+}
+# The reference's method and options for the same sampler.
+REFERENCE: dict[str, tuple[str, dict[str, float]]] = {
+    "dense": ("mezo", {}),
+    "uniform": ("lezo", {"sparsity": 0.5}),
+    "adalezo": ("adalezo", {"ratio": 0.6}),
+}
+ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+    "two_sided": zo_dist.TwoSided,
+    "one_sided": zo_dist.OneSided,
+}
+LAWS = ("rademacher", "gaussian")
+MODES = ("module", "shard")
+DIRECTIONS = (1, 2, 3, 8)
+# (dtype, rounding); float32 has none.
+WRITES = (
+    ("float32", "stochastic"),
+    *itertools.product(("bfloat16", "float16"), ("stochastic", "kahan", "nearest")),
+)
+# The engines of the central claim, by number of ranks, and those that share their code.
+MAIN_ENGINES = ("replicated", "fsdp2", "zero3")
+RANKS = (1, 2, 3)
+MORE_ENGINES = {
+    1: ("ddp", "zero0"),
+    2: ("ddp", "hsdp_2x1", "hsdp_1x2", "fsdp2_mixed", "fsdp2_offload", "zero0", "zero2", "zero3_offload"),
+    3: ("fsdp2_mixed", "zero3_offload"),
+}
+
+
+def all_pairs(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Rows such that every value of every axis meets every value of every other axis in one.
+
+    The first two axes are to be the longest: one row for each pair of their values, and the rest of
+    the row is what covers most pairs not yet seen.
+    """
+    missing = {
+        (i, a, j, b)
+        for (i, left), (j, right) in itertools.combinations(enumerate(axes), 2)
+        for a in left
+        for b in right
+    }
+
+    def pairs(row: tuple[Any, ...]) -> set[tuple[Any, ...]]:
+        return {(i, a, j, b) for (i, a), (j, b) in itertools.combinations(enumerate(row), 2)}
+
+    rows = []
+    while missing:
+        for a, b in itertools.product(*axes[:2]):
+            candidates = itertools.product((a,), (b,), *axes[2:])
+            best = max(candidates, key=lambda row: len(pairs(row) & missing))
+            missing -= pairs(best)
+            rows.append(best)
+    return rows
+
+
+def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
+    """A ZeroOrder whose sampler and estimator are given by their names here."""
+    options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
+    options["estimator"] = ESTIMATORS[options.get("estimator", "two_sided")]()
+    return zo_dist.ZeroOrder(model, **options)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found

@@ -1,0 +1,112 @@
+"""What `save_model` writes loads again with the same bits; sharded engines are in test_train.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_run import launch, write_config, write_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from zo_dist.checkpoint import save_model
+from zo_dist.engines import select
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_saved_model_loads_with_the_same_bits(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    source = write_model(tmp_path / "source", tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    for name, param in model.named_parameters():
+        param.requires_grad_("layers.1" in name)
+    save_model(select(model), tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.dtype == dtype
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    expected = model.state_dict()
+    assert set(again.state_dict()) == set(expected)
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("args", [[], ["--deepspeed", "ds_zero3.json"]], ids=["fsdp2", "zero3"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_two_ranks_save_untouched_weights_bit_for_bit(tmp_path: Path, tied: bool, args: list[str]) -> None:
+    source = write_model(tmp_path / "model", tied=tied)
+    # One layer is trained: all else must come through the gather and the file as it was.
+    path = write_config(
+        tmp_path,
+        model={"parameters": "layers.2.", "dtype": "bfloat16"},
+        train={"steps": 1, "eval_every": 0},
+        optimizer={"self_check": False},
+    )
+    configs = Path(__file__).parent.parent / "configs"
+    done = launch(["train", str(path), *(a.replace("ds_", f"{configs}/ds_") for a in args)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "last").state_dict()
+    assert set(saved) == set(expected)
+    moved = {name for name, weight in saved.items() if not torch.equal(weight, expected[name])}
+    assert moved
+    assert all("layers.2." in name for name in moved)
+
+
+def test_an_old_save_is_replaced_whole(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "source"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "stale.txt").write_text("old")
+    save_model(select(model), tmp_path / "saved")
+    assert not (tmp_path / "saved" / "stale.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["saved", "source"]
+
+
+def test_peft_saves_its_adapter(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(source), LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(param)
+    save_model(select(model), tmp_path / "saved")
+    assert (tmp_path / "saved" / "adapter_model.safetensors").stat().st_size < 50_000
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), tmp_path / "saved")
+    expected = model.state_dict()
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_a_plain_module_is_saved_with_buffers_and_ties_once(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3, bias=False)
+            self.b = nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+            self.norm = nn.BatchNorm1d(3)
+            self.register_buffer("scratch", torch.ones(2), persistent=False)
+
+    net = Net()
+    save_model(select(net), tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    expected = {k: v for k, v in net.state_dict().items() if k != "b.weight"}
+    assert set(saved) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(saved[name], tensor)
+
+
+def test_a_write_that_fails_leaves_the_old_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "source"))
+    save_model(select(model), tmp_path / "saved")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_model(select(model), tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

@@ -1,0 +1,144 @@
+"""A config file becomes a Config, or an error that names the key, the value and what is legal."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+import zo_dist
+from zo_dist.config import AdaLeZOConfig, Config, TrainConfig, load_config
+from zo_dist.schedule import lr_share
+
+BASE = """
+model: {source: m}
+data: {task: sst2, source: d}
+optimizer: {lr: 1e-6}
+train: {steps: 10}
+"""
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def test_defaults_and_yaml_floats(path: Path) -> None:
+    config = load_config(path)
+    assert config.optimizer.lr == 1e-6  # YAML 1.1 would read a string
+    assert config.engine.kind == "auto"
+    assert isinstance(config.optimizer.sampler.build(), zo_dist.Dense)
+
+
+def test_overrides_are_typed_and_the_last_one_wins(path: Path) -> None:
+    config = load_config(
+        path,
+        [
+            "optimizer.sampler={name: adalezo, clip: .inf}",
+            "optimizer.sampler.ratio=1",
+            "train.micro_rows=4",
+            "train.micro_rows=null",
+            "model.parameters=layers\\.1\\.",
+            "optimizer.lr=2E-3",
+        ],
+    )
+    assert config.optimizer.sampler == AdaLeZOConfig(ratio=1.0, clip=math.inf)
+    assert config.train.micro_rows is None
+    assert config.model.parameters == "layers\\.1\\."
+    assert config.optimizer.lr == 2e-3
+
+
+def test_written_out_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["optimizer.sampler={name: adalezo, clip: .inf}", "optimizer.lr=1e-7"])
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.rl=1", ["unknown key optimizer.rl", "lr"]),
+        ("optimiser.lr=1", ["unknown key optimiser", "optimizer"]),
+        ("train.steps=many", ["train.steps", "'many'", "an integer"]),
+        ("train.steps=1.5", ["train.steps", "1.5", "an integer"]),
+        ("train.steps=true", ["train.steps", "True", "an integer"]),
+        ("optimizer.compile=1", ["optimizer.compile", "true or false"]),
+        ("optimizer.lr=fast", ["optimizer.lr", "'fast'", "a number"]),
+        ("optimizer.lr=0", ["optimizer.lr", "above 0"]),
+        ("optimizer.lr=.nan", ["optimizer.lr", "nan"]),
+        ("optimizer.eps=-1e-3", ["optimizer.eps", "above 0"]),
+        ("optimizer.eps=.nan", ["optimizer.eps", "nan"]),
+        ("optimizer.eps=.inf", ["optimizer.eps", "finite"]),
+        ("optimizer.perturb=weights", ["optimizer.perturb", "module", "shard"]),
+        ("optimizer.rounding=up", ["stochastic", "kahan", "nearest"]),
+        ("optimizer.sampler={name: bandit}", ["optimizer.sampler.name", "dense, uniform, adalezo"]),
+        ("optimizer.sampler={name: dense, ratio: 0.1}", ["unknown key optimizer.sampler.ratio"]),
+        ("optimizer.sampler={name: uniform, ratio: 0.1}", ["unknown key", "sparsity"]),
+        ("optimizer.sampler={name: adalezo, ratio: 0}", ["optimizer.sampler.ratio is 0.0", "(0, 1]"]),
+        ("optimizer.sampler={name: adalezo, ratio: 1.1}", ["ratio is 1.1", "(0, 1]"]),
+        ("optimizer.sampler=adalezo", ["optimizer.sampler is 'adalezo'"]),
+        ("optimizer.directions=17", ["optimizer.directions is 17", "train.rows"]),
+        ("data.train=0", ["data.train is 0"]),
+        ("data.train=15", ["train.rows is 16", "data.train (15)"]),
+        ("data.validation=-1", ["data.validation"]),
+        ("train.warmup_steps=10", ["train.warmup_steps is 10", "below steps"]),
+        ("train.final_fraction=2", ["train.final_fraction", "[0, 1]"]),
+        ("engine.kind=fsdp", ["auto, replicated, fsdp2, deepspeed"]),
+        ("engine.kind=deepspeed", ["engine.deepspeed is null", "ds_config.json"]),
+        ("engine.shard_ranks=2", ["engine.shard_ranks", "fsdp2"]),
+        ("model.dtype=bf16", ["model.dtype", "'bf16'", "bfloat16, float16, float32"]),
+        ("model=opt", ["model is 'opt'"]),
+        ("train.steps", ["not of the form section.key=value"]),
+        ("train.steps=[1", ["not valid YAML"]),
+        ("train.steps.more=1", ["train.steps is 10"]),
+    ],
+)
+def test_mistakes_are_named(path: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        load_config(path, [override])
+    for word in words[1:]:
+        assert word in str(caught.value)
+
+
+def test_a_key_given_twice_is_an_error(path: Path) -> None:
+    path.write_text(BASE + "data: {task: boolq, source: d}\n")
+    with pytest.raises(ValueError, match="'data' is given twice"):
+        load_config(path)
+
+
+def test_missing_keys_and_files(path: Path, tmp_path: Path) -> None:
+    path.write_text(BASE.replace("lr: 1e-6", ""))
+    with pytest.raises(ValueError, match=r"optimizer\.lr is missing"):
+        load_config(path)
+    path.write_text(BASE.replace("model: {source: m}", ""))
+    with pytest.raises(ValueError, match=r"model\.source is missing"):
+        load_config(path)
+    path.write_text("just words")
+    with pytest.raises(ValueError, match="mapping of sections"):
+        load_config(path)
+    with pytest.raises(ValueError, match="no config file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_schedule_warms_up_and_ends_at_its_fraction() -> None:
+    def shares(**options: object) -> list[float]:
+        config = TrainConfig(steps=6, **options)  # type: ignore[arg-type]
+        return [round(lr_share(step, config), 6) for step in range(7)]
+
+    assert shares() == [1.0] * 7
+    assert shares(schedule="linear", warmup_steps=2) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert shares(schedule="linear", final_fraction=0.4)[-1] == 0.4
+    cosine = shares(schedule="cosine", final_fraction=0.1)
+    assert cosine == sorted(cosine, reverse=True)
+    assert cosine[0] == 1.0
+    assert cosine[-1] == 0.1
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_of_the_repository_reads(path: Path) -> None:
+    assert isinstance(load_config(path), Config)

@@ -1,0 +1,131 @@
+"""Names, owners, arms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import build
+from test_reference import arms_of
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from workers import Pool
+
+import zo_dist
+from zo_dist.params import Arm, canonical_name, group_arms, trainable_params, unwrap
+
+LAYERS = {
+    "llama": ("model.layers.0", "model.layers.1"),
+    "llama_tied": ("model.layers.0", "model.layers.1"),
+    "qwen3": ("model.layers.0", "model.layers.1"),
+    "mixtral": ("model.layers.0", "model.layers.1"),
+    "opt": ("model.decoder.layers.0", "model.decoder.layers.1"),
+    "gpt2": ("transformer.h.0", "transformer.h.1"),
+    "sequential": ("0", "2", "3", "4", "5"),
+}
+
+
+def arms(model: nn.Module) -> list[Arm]:
+    module = unwrap(model)
+    return group_arms(module, trainable_params(module, lambda p: p.shape))
+
+
+def names(model: nn.Module) -> list[str]:
+    return [p.name for p in trainable_params(unwrap(model), lambda p: p.shape)]
+
+
+@pytest.mark.parametrize("kind", list(LAYERS))
+def test_arms_are_embeddings_each_layer_and_the_rest(kind: str) -> None:
+    model = build(kind)
+    found = arms(model)
+    expected = ["embeddings", *LAYERS[kind], "rest"] if kind != "sequential" else list(LAYERS[kind])
+    assert [a.name for a in found] == expected
+    assert [sorted(p.name for p in a.params) for a in found] == [sorted(arm) for arm in arms_of(kind, model)]
+    assert sum(a.numel for a in found) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("wrapper", ["compile", "checkpoint", "compile a layer"])
+def test_wrappers_leave_no_trace_in_names_and_arms(wrapper: str) -> None:
+    plain, model = build("llama"), build("llama")
+    if wrapper == "compile":
+        model = torch.compile(model)
+    elif wrapper == "checkpoint":
+        for i, layer in enumerate(model.model.layers):
+            model.model.layers[i] = checkpoint_wrapper(layer)
+    else:
+        model.model.layers[1] = torch.compile(model.model.layers[1])
+        model.model.layers[0] = torch.compile(model.model.layers[0])
+    assert names(model) == names(plain)
+    assert [(a.name, [p.name for p in a.params]) for a in arms(model)] == [
+        (a.name, [p.name for p in a.params]) for a in arms(plain)
+    ]
+
+
+def names_under_ddp() -> tuple[list[str], list[str]]:
+    plain, wrapped = build("sequential"), nn.parallel.DistributedDataParallel(build("sequential"))
+    return names(plain), [p.name for p in zo_dist.ZeroOrder(wrapped).params]
+
+
+def test_ddp_leaves_no_trace(pool: Callable[[int], Pool]) -> None:
+    for plain, wrapped in pool(2).run(names_under_ddp):
+        assert plain == wrapped
+
+
+def test_a_module_that_is_called_module_keeps_its_name() -> None:
+    model = nn.Sequential()
+    model.module = nn.Linear(2, 2)
+    assert names(model) == ["module.weight", "module.bias"]
+    assert canonical_name("a._orig_mod.b._checkpoint_wrapped_module.c") == "a.b.c"
+
+
+def test_a_tied_weight_has_one_name_and_all_its_owners() -> None:
+    model = build("llama_tied")
+    tied = [p for p in trainable_params(model, lambda p: p.shape) if len(p.owners) > 1]
+    assert [p.name for p in tied] == ["model.embed_tokens.weight"]
+    assert [type(owner).__name__ for owner, _ in tied[0].owners] == ["Embedding", "Linear"]
+
+
+def test_frozen_parameters_are_left_out_and_left_alone() -> None:
+    model = build("llama")
+    for name, param in model.named_parameters():
+        param.requires_grad_("layers.1." in name)
+    assert [a.name for a in arms(model)] == ["model.layers.1"]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = zo_dist.ZeroOrder(model, lr=0.1)
+    optimizer.step_batch({"input_ids": torch.arange(12).view(2, 6)}, zo_dist.causal_lm_loss)
+    for name, param in model.named_parameters():
+        assert torch.equal(param, before[name]) != param.requires_grad, name
+
+
+def test_peft_models_train_their_adapters_layer_by_layer() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build("llama"), config)
+    found = arms(model)
+    assert len(found) == 2
+    for i, arm in enumerate(found):
+        assert arm.name.endswith(f"layers.{i}")
+        assert len(arm.params) == 4
+        assert all("lora_" in p.name for p in arm.params)
+    optimizer = zo_dist.ZeroOrder(model, lr=1e-2, sampler=zo_dist.AdaLeZO(ratio=0.5))
+    loss = optimizer.step_batch({"input_ids": torch.arange(12).view(2, 6)}, zo_dist.causal_lm_loss)
+    assert 0 < loss < 100
+
+
+def test_a_nearly_empty_arm_joins_its_neighbour() -> None:
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 1, bias=False), nn.Linear(1, 1, bias=False))
+    assert [a.name for a in arms(model)] == ["0", "1+2"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(2, 2).requires_grad_(False), "no trainable parameter"),
+        (lambda: nn.ReLU(), "no trainable parameter"),
+        (lambda: nn.Linear(2, 2).double(), "torch.float64"),
+    ],
+)
+def test_models_without_trainable_weights_are_refused(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        zo_dist.ZeroOrder(make())

@@ -1,0 +1,169 @@
+"""ZeroOrder against the slow reference, step by step, on one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import table
+import torch
+from injected import Injected, remembered_noise
+from models import KINDS, build, loss_of, rows_for
+from reference import Reference, weight_tolerance
+from torch import nn
+
+STEPS, ROWS, LR, EPS = 20, 8, 2.0**-8, 2.0**-6
+
+LAYER_PREFIXES = {
+    "llama": ("model.layers.0.", "model.layers.1."),
+    "llama_tied": ("model.layers.0.", "model.layers.1."),
+    "qwen3": ("model.layers.0.", "model.layers.1."),
+    "mixtral": ("model.layers.0.", "model.layers.1."),
+    "opt": ("model.decoder.layers.0.", "model.decoder.layers.1."),
+    "gpt2": ("transformer.h.0.", "transformer.h.1."),
+    "sequential": ("0.", "2.", "3.", "4.", "5."),
+}
+
+
+def arms_of(kind: str, model: nn.Module) -> list[list[str]]:
+    """Embeddings, each layer, the rest, by name. No arm of these tiny models is nearly empty."""
+    names = [name for name, _ in model.named_parameters()]
+    layers = [[n for n in names if n.startswith(prefix)] for prefix in LAYER_PREFIXES[kind]]
+    others = [n for n in names if not any(n in layer for layer in layers)]
+    embeddings = [n for n in others if "embed" in n or ".wte" in n or ".wpe" in n]
+    rest = [n for n in others if n not in embeddings]
+    return [arm for arm in (embeddings, *layers, rest) if arm]
+
+
+def both(kind: str, sampler: str, directions: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """The reference, and ZeroOrder in each perturb mode."""
+    method, own = table.REFERENCE[sampler]
+    shared = {"lr": LR, "eps": EPS, "directions": directions, "seed": 3}
+    model = build(kind, dtype)
+    law = options.get("noise", "rademacher")
+    rounding = options.get("rounding", "stochastic")
+    reference = Reference(
+        model, arms_of(kind, model), method, **shared, options=own, law=law, rounding=rounding
+    )
+    tested = {
+        mode: table.optimizer(build(kind, dtype), **shared, sampler=sampler, perturb=mode, **options)
+        for mode in table.MODES
+    }
+    return reference, tested
+
+
+def weights_of(optimizer: Any) -> dict[str, torch.Tensor]:
+    return {p.name: p.param.detach() for p in optimizer.params}
+
+
+def expect_close(tested: Any, reference: Reference, tolerance: float, where: str) -> None:
+    for name, weight in reference.weights().items():
+        error = float((weights_of(tested)[name].float() - weight.float()).abs().max())
+        assert error <= tolerance, f"{where}: {name} is off by {error}, tolerance {tolerance}"
+
+
+# AdaLeZO learns from slopes. An error of e in each slope moves scores q / max q by at most 2 e / max q,
+# the logarithm of a probability by 2 / tau of that, and so one step's update by
+# lr |g| w (4 / tau) (e / max q): after the first step |g| / max q is at most 1 / alpha = 10, which with
+# tau = 0.6 makes 67 times the error that the slope itself brings. (A draw at the very edge of a
+# probability would differ by a whole arm; at fixed seeds none does.)
+GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0}
+
+
+# All samplers with all numbers of directions on two kinds; on the others each of them once.
+CASES = [
+    (kind, sampler, directions)
+    for kind in KINDS
+    for i, sampler in enumerate(table.SAMPLERS)
+    for j, directions in enumerate((1, 3, 8))
+    if kind in ("llama", "sequential") or i == j
+]
+
+
+@pytest.mark.parametrize(("kind", "sampler", "directions"), CASES)
+def test_each_step_is_that_of_the_reference(kind: str, sampler: str, directions: int) -> None:
+    reference, tested = both(kind, sampler, directions)
+    start = {name: w.clone() for name, w in reference.weights().items()}
+    highest = 0.0
+    with remembered_noise():
+        for step in range(STEPS):
+            batch = rows_for(kind, ROWS, seed=step)
+            expected = reference.step(batch, loss_of)
+            highest = max(highest, expected)
+            tolerance = weight_tolerance(step + 1, LR, EPS, highest, gain=GAIN[sampler])
+            for mode, optimizer in tested.items():
+                mean = optimizer.step_batch(batch, loss_of)
+                # The mean over all probes: the loss's own error, and that of weights seen before.
+                assert mean == pytest.approx(expected, rel=1e-4), (mode, step)
+                expect_close(optimizer, reference, tolerance, f"{mode} step {step}")
+                assert optimizer.step_count == reference.step_number
+    moved = max(float((w - start[name]).abs().max()) for name, w in reference.weights().items())
+    assert moved > 10 * tolerance / GAIN[sampler]
+
+
+@pytest.mark.parametrize("directions", [1, 3, 8])
+def test_dense_steps_of_one_row_per_direction_have_the_bits_of_the_reference(directions: int) -> None:
+    """Each owner then multiplies the same shapes as in the reference, and nothing else is a product."""
+    reference, tested = both("sequential", "dense", directions)
+    with remembered_noise():
+        for step in range(STEPS):
+            batch = rows_for("sequential", directions, seed=step)
+            reference.step(batch, loss_of)
+            for optimizer in tested.values():
+                optimizer.step_batch(batch, loss_of)
+    for optimizer in tested.values():
+        for name, weight in weights_of(optimizer).items():
+            assert torch.equal(weight, reference.weights()[name]), name
+
+
+@pytest.mark.parametrize("law", table.LAWS)
+@pytest.mark.parametrize(("dtype", "rounding"), table.WRITES)
+@pytest.mark.parametrize("sampler", list(table.SAMPLERS))
+def test_given_losses_leave_the_bits_of_the_reference(
+    sampler: str, dtype: str, rounding: str, law: str
+) -> None:
+    kind = table.dtype_of(dtype)
+    reference, tested = both(
+        "sequential", sampler, 3, kind, noise=law, rounding=rounding, self_check=False
+    )  # fmt: skip
+    losses = {mode: Injected(mode, 3) for mode in (*tested, "reference")}
+    batch = rows_for("sequential", ROWS, dtype=kind)
+    with remembered_noise():
+        for _ in range(STEPS):
+            reference.step(batch, losses["reference"])
+            for mode, optimizer in tested.items():
+                optimizer.step_batch(batch, losses[mode])
+    for mode, optimizer in tested.items():
+        for name, weight in weights_of(optimizer).items():
+            assert torch.equal(weight, reference.weights()[name]), (mode, name)
+
+
+def test_a_closure_makes_the_step_of_mezo() -> None:
+    reference, tested = both("llama", "dense", 1)
+    batch = rows_for("llama", ROWS)
+    for _ in range(3):
+        expected = reference.step(batch, loss_of)
+        for optimizer in tested.values():
+            model = optimizer.engine.module
+
+            def closure(model: Any = model) -> Any:
+                sums, weights = loss_of(model, batch)
+                return sums.sum(), weights.sum()
+
+            assert optimizer.step(closure) == pytest.approx(expected, rel=1e-5)
+    for mode, optimizer in tested.items():
+        expect_close(optimizer, reference, weight_tolerance(3, LR, EPS, 10.0), mode)
+
+
+def test_learning_rate_schedulers_drive_the_step() -> None:
+    _, tested = both("sequential", "dense", 1)
+    reference, _ = both("sequential", "dense", 1)
+    optimizer = tested["module"]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for step in range(4):
+        reference.lr = LR * 0.5**step
+        batch = rows_for("sequential", ROWS, seed=step)
+        reference.step(batch, loss_of)
+        optimizer.step_batch(batch, loss_of)
+        scheduler.step()
+    expect_close(optimizer, reference, weight_tolerance(4, LR, EPS, 3.0), "scheduled")

@@ -1,0 +1,206 @@
+"""The write: SGD with decoupled weight decay, and one rounding to 16 bits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import table
+import torch
+from models import build, loss_of, rows_for
+from reference import round_to
+from torch import Tensor, nn
+
+import zo_dist
+from zo_dist import rules
+from zo_dist.noise import Noise
+from zo_dist.params import Param, Span
+from zo_dist.rules import SGD, Rounding16, update_span
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def every_finite_value(dtype: torch.dtype) -> Tensor:
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(dtype)
+    return values[values.isfinite()]
+
+
+def bits_of(values: Tensor) -> Tensor:
+    return values.view(torch.int16 if values.element_size() == 2 else torch.int32)
+
+
+def rounded(exact: Tensor, dtype: torch.dtype, step: int = 0) -> Tensor:
+    out = torch.empty(exact.shape, dtype=dtype)
+    Noise("rademacher", 8).round(out, exact, "w", step, 0)
+    return out
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_stochastic_rounding_never_moves_a_value_that_fits(dtype: torch.dtype) -> None:
+    values = every_finite_value(dtype).repeat(16)
+    assert torch.equal(bits_of(rounded(values.float(), dtype)), bits_of(values))
+    # Below fp16's normal numbers, often enough for each to meet the very largest of 16 bits.
+    small = torch.arange(-1023, 1024).float().repeat(1024) * 2.0**-24
+    if dtype == torch.float16:
+        assert torch.equal(rounded(small, dtype).float(), small)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_stochastic_rounding_gives_a_neighbour(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-20, 12, (1 << 14,), generator=generator)
+    exact = torch.randn(1 << 14, generator=generator) * 2.0**exponents
+    out = rounded(exact, dtype, step=3)
+    # The ends: the least and the largest of 16 random bits.
+    below = torch.tensor([round_to(x, 0, dtype) for x in exact.tolist()])
+    above = torch.tensor([round_to(x, 0xFFFF, dtype) for x in exact.tolist()])
+    assert bool(((out == below) | (out == above)).all())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("value", [1.0 + 2.0**-10 / 3, -0.30001, 3e-5 / 7, -1e-6, 2.0**-24 / 5, 1000.1])
+def test_the_mean_of_stochastic_rounding_is_the_exact_value(dtype: torch.dtype, value: float) -> None:
+    size = 1 << 18
+    exact = torch.full((size,), value)
+    means = rounded(exact, dtype).double()
+    low, high = float(means.min()), float(means.max())
+    assert low <= float(exact[0]) <= high
+    # The deviation of one is at most half the gap. Neighbours share bits: 8 elements are drawn from
+    # one word, which at worst leaves size / 8 independent ones. 2**-13: what the fewest bits resolve.
+    bound = 5 * 0.5 / math.sqrt(size / 8) + 2.0**-13
+    assert abs(float(means.mean()) - float(exact[0])) <= (high - low) * bound
+
+
+def span_of(value: float, size: int, dtype: torch.dtype, name: str = "w") -> tuple[Span, Param]:
+    weight = nn.Parameter(torch.full((size, 1), value, dtype=dtype))
+    return Span(name, weight.detach().view(-1), 0), Param(name, weight, weight.shape, ())
+
+
+def write(span: Span, param: Param, rounding: Rounding16, step: int, coef: float, lr: float) -> None:
+    update_span(span, param, [(0, coef)], SGD(), rounding, rounding.noise, step, lr)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("value", [0.5, -0.5, 2.0**-20])
+def test_many_tiny_updates_by_stochastic_rounding_move_the_mean(dtype: torch.dtype, value: float) -> None:
+    """Steps of 1/50 of the gap between neighbours: their sum must arrive, on average."""
+    steps, size = 100, 4096
+    gap = max(2.0 ** (math.frexp(value)[1] - (8 if dtype == torch.bfloat16 else 11)), 0.0)
+    if dtype == torch.float16:
+        gap = max(gap, 2.0**-24)
+    noise = Noise("rademacher", 1)
+    span, param = span_of(value, size, dtype)
+    rounding = Rounding16("stochastic", noise)
+    expected = torch.full((size,), value, dtype=torch.float64)
+    for step in range(steps):
+        write(span, param, rounding, step, 1.0, gap / 50)
+        expected -= noise.values("w", step, 0, 0, size).double() * (gap / 50)
+    # One rounding has a deviation of at most gap / 2, so the mean of `size` sums of `steps` of them
+    # has gap / 2 * sqrt(steps / size), times sqrt(8) as eight elements share a word; the bound is 5
+    # of these, and the 13 bits of fp16's draw.
+    error = float((span.flat.double() - expected).mean().abs())
+    assert error < 5 * gap / 2 * math.sqrt(8 * steps / size) + steps * gap * 2.0**-13
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_kahan_keeps_what_nearest_loses(dtype: torch.dtype) -> None:
+    """1000 updates of 1/50 of a gap in one direction: nearest stays, kahan arrives."""
+    gap = 2.0 ** (-8 if dtype == torch.bfloat16 else -11)  # below 0.5 ... 1
+    noise = Noise("rademacher", 1)
+    sign = noise.values("w", 0, 0, 0, 256)
+    ends = {}
+    for mode in ("nearest", "kahan"):
+        span, param = span_of(0.75, 256, dtype)
+        rounding = Rounding16(mode, noise)  # type: ignore[arg-type]
+        rounding.begin([span])
+        for _ in range(1000):  # the same step number: the same z, so the updates add up
+            write(span, param, rounding, 0, 1.0, gap / 50)
+        lost = rounding.lost["w"].double() if mode == "kahan" else 0.0
+        ends[mode] = span.flat.double() + lost
+    assert torch.equal(ends["nearest"], torch.full((256,), 0.75).double())
+    # What is kept is itself rounded to `dtype` in each step: it is below gap, so its own gap is at
+    # most gap * 2**-8, and half of that is lost; in fp16 its gap is at least 2**-24.
+    kept_gap = max(gap * 2.0**-8, 2.0**-24 if dtype == torch.float16 else 0.0)
+    arrived = 0.75 - sign.double() * 1000 * gap / 50
+    assert float((ends["kahan"] - arrived).abs().max()) <= 1000 * kept_gap / 2
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), table.WRITES)
+@pytest.mark.parametrize("mode", table.MODES)
+@pytest.mark.parametrize("sampler", list(table.SAMPLERS))
+def test_lr_0_leaves_the_bits(dtype: str, rounding: str, mode: str, sampler: str) -> None:
+    kind = table.dtype_of(dtype)
+    model = build("sequential", kind)
+    before = {name: bits_of(p.detach()).clone() for name, p in model.named_parameters()}
+    optimizer = table.optimizer(
+        model, lr=0.0, eps=0.01, sampler=sampler, directions=2, perturb=mode, rounding=rounding,
+        rule=SGD(weight_decay=0.1),
+    )  # fmt: skip
+    for step in range(6):
+        optimizer.step_batch(rows_for("sequential", 3, seed=step, dtype=kind), loss_of)
+    assert optimizer.step_count == 6
+    for name, param in model.named_parameters():
+        assert torch.equal(bits_of(param.detach()), before[name]), name
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), table.WRITES)
+def test_a_write_of_nothing_leaves_every_value(dtype: str, rounding: str) -> None:
+    """Not only with lr 0, where nothing is written: an update of exactly 0 goes through the rounding."""
+    kind = table.dtype_of(dtype)
+    values = every_finite_value(torch.bfloat16 if kind == torch.float32 else kind).to(kind)
+    weight = nn.Parameter(values.clone().view(-1, 1))
+    span, param = Span("w", weight.detach().view(-1), 0), Param("w", weight, weight.shape, ())
+    writes = Rounding16(rounding, Noise())  # type: ignore[arg-type]
+    writes.begin([span])
+    for step in range(20):
+        write(span, param, writes, step, 0.0, 0.1)
+    # -0 - (+-0) may be +0; every other value keeps its bits.
+    assert torch.equal(span.flat, values)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), table.WRITES)
+@pytest.mark.parametrize("law", table.LAWS)
+def test_chunks_and_spans_leave_no_trace(
+    dtype: str, rounding: str, law: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, size = table.dtype_of(dtype), 1000
+    start = torch.linspace(-1, 1, size).to(kind)
+    results = []
+    for chunk, edges in ((1 << 19, (0, size)), (64, (0, size)), (96, (0, 3, 130, 131, 777, size))):
+        monkeypatch.setattr(rules, "_CHUNK", chunk)
+        flat = start.clone()
+        noise = Noise(law, 3)  # type: ignore[arg-type]
+        for a, b in itertools.pairwise(edges):
+            span, writes = Span("w", flat[a:b], a), Rounding16(rounding, noise)  # type: ignore[arg-type]
+            writes.begin([span])
+            param = Param("w", nn.Parameter(start), torch.Size((size, 1)), ())
+            for step in range(4):
+                terms = [(0, 0.3), (2, -1.7)]
+                update_span(span, param, terms, SGD(0.01), writes, noise, step, 0.05)
+        results.append(flat)
+    assert not torch.equal(results[0], start)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_weight_decay_touches_matrices_alone() -> None:
+    model = build("sequential")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = zo_dist.ZeroOrder(model, lr=0.5, rule=SGD(weight_decay=0.5), self_check=False)
+    optimizer.step(lambda: torch.tensor(1.0) + 0 * model(torch.ones(1, 3)).sum())  # both sides equal
+    for name, param in model.named_parameters():
+        factor = 0.75 if param.ndim > 1 else 1.0
+        assert torch.equal(param.detach(), before[name] * factor), name
+
+
+@pytest.mark.parametrize("weight_decay", [-0.1, float("nan"), float("inf")])
+def test_bad_weight_decay_is_refused(weight_decay: float) -> None:
+    with pytest.raises(ValueError, match="weight_decay"):
+        SGD(weight_decay)
+
+
+def test_an_unknown_rounding_is_refused() -> None:
+    with pytest.raises(ValueError, match="stochastic, kahan, nearest"):
+        Rounding16("up", Noise())  # type: ignore[arg-type]

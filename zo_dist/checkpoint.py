@@ -1,0 +1,85 @@
+"""Save the weights of a sharded model as the files that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from zo_dist.engines import Engine
+from zo_dist.params import Param, canonical_name
+
+
+def save_model(engine: Engine, path: str | Path, tokenizer: Any = None) -> None:
+    """Write the whole model to the folder `path`, replacing what is there. Every rank must call it.
+
+    A model with `save_pretrained` (transformers; PEFT, which saves its adapter alone) is saved by
+    it; any other module as `model.safetensors`. Weights keep their dtype and bits; frozen weights
+    and persistent buffers are included. The folder appears, complete, by a rename. Each weight is
+    gathered by itself and copied by rank 0, whose CPU memory must hold the model. Raises on every
+    rank if the write fails.
+    """
+    state = gather_state(engine)
+    error: Exception | None = None
+    if engine.rank == 0:
+        try:
+            _write(engine.module, state, Path(path), tokenizer)
+        except Exception as caught:
+            error = caught
+    engine.together(error)
+
+
+@torch.no_grad()
+def gather_state(engine: Engine) -> dict[str, Tensor]:
+    """The state dict on the CPU, by canonical names, on rank 0; empty on the others.
+
+    A tied weight is one tensor under each of its names.
+    """
+    # Whatever a forward left gathered is released, so that the parameters found are the shards.
+    engine.publish()
+    state: dict[str, Tensor] = {}
+    gathered: dict[nn.Parameter, Tensor] = {}
+    for prefix, owner in engine.module.named_modules(remove_duplicate=False):
+        for attribute, param in list(owner._parameters.items()):
+            if param is None:
+                continue
+            name = canonical_name(f"{prefix}.{attribute}".lstrip("."))
+            if param not in gathered:
+                with engine.whole(Param(name, param, engine.shape_of(param), ((owner, attribute),))) as whole:
+                    gathered[param] = _on_cpu(whole) if engine.rank == 0 else torch.empty(0)
+            state[name] = gathered[param]
+        for attribute, buffer in owner._buffers.items():
+            if buffer is not None and attribute not in owner._non_persistent_buffers_set:
+                state[canonical_name(f"{prefix}.{attribute}".lstrip("."))] = _on_cpu(buffer)
+    return state if engine.rank == 0 else {}
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _write(module: nn.Module, state: dict[str, Tensor], path: Path, tokenizer: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
+    for folder in (partial, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    partial.mkdir()
+    save_pretrained: Any = getattr(module, "save_pretrained", None)
+    if save_pretrained is not None:
+        save_pretrained(partial, state_dict=state)
+    else:
+        # safetensors refuses shared memory: a tied weight is stored under its first name.
+        first = {id(tensor): name for name, tensor in reversed(state.items())}
+        unique = {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
+        save_file(unique, partial / "model.safetensors")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)

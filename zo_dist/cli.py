@@ -1,0 +1,116 @@
+"""The command line: `zo-dist train | eval`, the same as `python -m zo_dist`, under any launcher."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zo_dist.config import Config, load_config
+from zo_dist.engines import Engine, initialize_process_group, leave_process_group
+from zo_dist.optimizer import NonFiniteLossError
+
+_EXAMPLE = "torchrun --nproc-per-node 2 -m zo_dist train configs/quickstart.yaml optimizer.lr=5e-7"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for a mistake in what was asked, 1 for a run that failed."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    _configure_logging()
+    try:
+        result = _run(args)
+    except (ValueError, NonFiniteLossError) as error:
+        # Every rank has the reason, rank 0 tells it.
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        leave_process_group()
+        return 2 if isinstance(error, ValueError) else 1
+    leave_process_group()
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"result: {json.dumps(result)}", flush=True)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="zo-dist",
+        description="Zeroth-order fine-tuning of language models on sharded processes.",
+        epilog=f"example: {_EXAMPLE}",
+    )
+    # The deepspeed launcher adds it; what counts is the environment, which it sets as well.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval")
+    train = commands.add_parser("train", help="fine-tune a model as a config file says")
+    train.add_argument("config", help="YAML file; every key is described in zo_dist/config.py")
+    evaluate = commands.add_parser("eval", help="accuracy and loss on the test split")
+    evaluate.add_argument(
+        "model", help="a run's folder, a saved model, or any model source; replaces model.source"
+    )
+    evaluate.add_argument("config", nargs="?", help="YAML file; default: the config.yaml of the run")
+    for command in (train, evaluate):
+        command.add_argument(
+            "--deepspeed", metavar="DS_JSON", help="short for engine.kind=deepspeed engine.deepspeed=DS_JSON"
+        )
+        command.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+        command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args, rest = parser.parse_known_args(argv)
+    # argparse does not take up positional arguments again after an option.
+    args.overrides += [arg for arg in rest if not arg.startswith("-") and "=" in arg]
+    wrong = [arg for arg in rest if arg not in args.overrides]
+    if wrong:
+        parser.error(f"unrecognised: {' '.join(wrong)}")
+    if args.command == "eval" and args.config is not None and "=" in args.config:
+        args.overrides, args.config = [args.config, *args.overrides], None
+    return args
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    ranks = Engine(nn.Identity(), initialize_process_group())
+    with ranks.jointly():
+        config = _config(args)
+    # Imports transformers: `--help` and a mistake in the config need not wait for it.
+    from transformers.utils.logging import disable_progress_bar
+
+    from zo_dist.train import run_evaluation, run_training
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    return run_training(config, ranks) if args.command == "train" else run_evaluation(config, ranks)
+
+
+def _config(args: argparse.Namespace) -> Config:
+    overrides = list(args.overrides)
+    if args.deepspeed is not None:
+        overrides += ["engine.kind=deepspeed", f"engine.deepspeed={json.dumps(args.deepspeed)}"]
+    if args.command == "train":
+        return load_config(args.config, overrides)
+    model, path = Path(args.model), args.config
+    if (model / "config.yaml").is_file():
+        path = path or model / "config.yaml"
+        found = [model / name for name in ("best", "last") if (model / name).is_dir()]
+        if not found:
+            raise ValueError(f"the run {args.model!r} has saved no model: neither best/ nor last/ is there")
+        model = found[0]
+    if path is None:
+        raise ValueError(f"{args.model!r} is no run's folder (no config.yaml in it): name a config file too")
+    config = load_config(path, overrides)
+    source = str(model) if model.exists() else args.model
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, source=source))
+
+
+def _configure_logging() -> None:
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    # What concerns one rank alone is raised; what concerns all is told once.
+    logging.getLogger("zo_dist").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Of torch, about a name of its own that engines use.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)

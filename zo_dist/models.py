@@ -1,0 +1,120 @@
+"""From the config to a model that is loaded, frozen where it is not trained, and sharded."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from zo_dist.config import Config, ModelConfig
+from zo_dist.engines import DsConfig, read_ds_config
+from zo_dist.engines.build import require_process_group, shard_with_fsdp2, zero3_engine, zero3_loading
+from zo_dist.params import canonical_name
+from zo_dist.tasks import resolve_model
+
+log = logging.getLogger(__name__)
+
+
+def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The model's tokenizer and its `transformers` config; ValueError if there is no such model."""
+    source = str(resolve_model(config.source))
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+    try:
+        hf_config = AutoConfig.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, **options), hf_config
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.source: cannot load {config.source!r}: {error}") from error
+
+
+def longest_input(hf_config: Any) -> int | None:
+    """The most tokens that the model's positions allow; None where nothing says so."""
+    text = hf_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def choose_engine(config: Config, num_ranks: int) -> str:
+    """`replicated`, `fsdp2` or `deepspeed`: what `auto` means for this config and so many ranks."""
+    if config.engine.kind != "auto":
+        return config.engine.kind
+    if config.engine.deepspeed is not None:
+        return "deepspeed"
+    return "fsdp2" if num_ranks > 1 else "replicated"
+
+
+def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, num_ranks: int) -> nn.Module:
+    """The model as `ZeroOrder` takes it, in eval mode. Every rank must call it.
+
+    fsdp2 and replicated read the whole model into each process's memory first; deepspeed stage 3
+    partitions each weight as it is read.
+    """
+    kind = choose_engine(config, num_ranks)
+    if kind == "deepspeed":
+        assert config.engine.deepspeed is not None
+        ds = _read_ds_config(config, hf_config, num_ranks)
+        for note in ds.notes if rank == 0 else ():
+            log.info("%s: %s", config.engine.deepspeed, note)
+        if ds.stage == 3:
+            require_process_group(kind)
+            with zero3_loading(ds):
+                module = _from_pretrained(config.model)
+                _freeze(module, config.model.parameters)
+                return zero3_engine(module, ds)
+    elif kind == "fsdp2":
+        require_process_group(kind)
+    module = _from_pretrained(config.model)
+    _freeze(module, config.model.parameters)
+    if kind == "fsdp2":
+        return shard_with_fsdp2(module, device, config.engine.shard_ranks)
+    return module.to(device)
+
+
+def _read_ds_config(config: Config, hf_config: Any, num_ranks: int) -> DsConfig:
+    path = config.engine.deepspeed
+    assert path is not None
+    if not Path(path).is_file():
+        raise ValueError(f"engine.deepspeed: there is no file {path!r} (looked in {Path.cwd()})")
+    return read_ds_config(
+        path,
+        hidden_size=getattr(hf_config.get_text_config(), "hidden_size", None),
+        micro_batch=config.train.micro_rows or -(-config.train.rows // num_ranks),
+        num_ranks=num_ranks,
+        dtype=config.model.torch_dtype,
+    )
+
+
+def _from_pretrained(config: ModelConfig) -> nn.Module:
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            str(resolve_model(config.source)),
+            dtype=config.torch_dtype,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except OSError as error:
+        raise ValueError(f"model.source: cannot load {config.source!r}: {error}") from error
+    return model.eval()
+
+
+def _freeze(module: nn.Module, pattern: str | None) -> None:
+    """Leave trainable what `pattern` is found in; ValueError if that is nothing."""
+    if pattern is None:
+        return
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"model.parameters is {pattern!r}, not a regular expression: {error}") from error
+    names = {canonical_name(name): param for name, param in module.named_parameters()}
+    for name, param in names.items():
+        param.requires_grad_(bool(wanted.search(name)))
+    if not any(param.requires_grad for param in names.values()):
+        examples = list(names)[:: max(1, len(names) // 5)]
+        raise ValueError(
+            f"model.parameters is {pattern!r}, which is found in no parameter's name; names look like "
+            f"{', '.join(examples)}"
+        )

@@ -1,0 +1,38 @@
+"""The picture of a run: loss and accuracy against training time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def plot_run(folder: Path) -> Path:
+    """Draw `metrics.jsonl` of a run's folder as `run.png` beside it; returns the picture's path."""
+    # Slow to import; and no display is needed, whatever the user's default backend is.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    steps = [r for r in records if r["event"] == "step" and r["loss"] is not None]
+    evals = {
+        split: [r for r in records if r["event"] == "eval" and r["split"] == split]
+        for split in ("validation", "test")
+    }
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot([r["seconds"] for r in steps], [r["loss"] for r in steps], lw=0.6, alpha=0.6, label="step")
+    for split, marker in (("validation", "o-"), ("test", "s")):
+        times = [r["seconds"] for r in evals[split]]
+        left.plot(times, [r["loss"] for r in evals[split]], marker, ms=4, label=split)
+        right.plot(times, [100 * r["accuracy"] for r in evals[split]], marker, ms=4, label=split)
+    left.set(xlabel="training seconds", ylabel="cross-entropy")
+    right.set(xlabel="training seconds", ylabel="accuracy, %")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    path = folder / "run.png"
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,70 @@
+"""What a run leaves behind while it goes: metrics.jsonl, TensorBoard, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+
+class RunLog:
+    """Writes on rank 0; on the others it does nothing. Close it, or use it in a `with`.
+
+    `metrics.jsonl` has one JSON object per line, each with an `event`: `run` once (what does not
+    change: arms, rows truncated), `step`, `eval`. A number that is not finite is null.
+    """
+
+    def __init__(self, folder: Path, *, rank: int, steps: int, tensorboard: bool) -> None:
+        self._file = self._board = None
+        # A bar that is not looked at, in a log file, is redrawn seldom.
+        seldom = 0.5 if sys.stderr.isatty() else 10.0
+        self._bar = tqdm(total=steps, disable=rank != 0, mininterval=seldom, unit="step", desc="training")
+        if rank != 0:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        if tensorboard:
+            # Slow to import, and optional.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, event: str, step: int | None = None, **values: Any) -> None:
+        """Append one record; numbers go to TensorBoard too, under `event/key`."""
+        if self._file is None:
+            return
+        record = {"event": event, "step": step} if step is not None else {"event": event}
+        record.update({key: _finite(value) for key, value in values.items()})
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None and step is not None:
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{event}/{key}", value, step)
+
+    def advance(self, **shown: str) -> None:
+        """Move the progress bar by one step and show these beside it."""
+        if not self._bar.disable:
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
