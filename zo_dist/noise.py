@@ -15,7 +15,9 @@ add, which can move a Gaussian by one unit in the last place; Rademacher product
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, get_args
@@ -39,6 +41,8 @@ TILE = {
 
 # Elements per pass of the eager form: the temporaries of one chunk stay in a core's cache.
 EAGER_CHUNK = 1 << 20
+
+log = logging.getLogger(__name__)
 
 _MASK = 0xFFFFFFFF
 _LOW = 1 << 32
@@ -267,6 +271,29 @@ class Noise:
     def round(self, out: Tensor, exact: Tensor, name: str, step: int, offset: int) -> None:
         """Write float32 `exact` to a 16-bit `out`, up or down so that the mean is `exact`."""
         self._run(_round, TILE["rounding"], (out, exact), (name, step, ROUNDING, 0, offset))
+
+    def warm_up(self, kinds: set[tuple[torch.dtype, torch.device]]) -> None:
+        """Compile what weights of these dtypes and devices will need, and log how long it took."""
+        if not self.compile:
+            return
+        start = time.perf_counter()
+        try:
+            for dtype, device in kinds:
+                self._run_each_kernel(dtype, device)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            log.warning("noise runs eagerly, which is slower: it could not be compiled (%s)", error)
+            self.compile = False
+            return
+        log.info("noise kernels compiled in %.0f s", time.perf_counter() - start)
+
+    def _run_each_kernel(self, dtype: torch.dtype, device: torch.device) -> None:
+        numel = 2 * math.prod(TILE["gaussian"][0])
+        weight = torch.zeros(numel, dtype=dtype, device=device)
+        exact = torch.zeros(numel, dtype=torch.float32, device=device)
+        self.shift(weight, weight, "", 0, 0, 0, 0.0)
+        self.accumulate(exact, "", 0, 0, 0, 0.0)
+        if dtype != torch.float32:
+            self.round(weight, exact, "", 0, 0)
 
     def uniforms(self, name: str, step: int, direction: int, numel: int) -> list[float]:
         """`numel` float64 uniforms in [0, 1), 53 bits each: the stream samplers draw arms from."""

@@ -17,7 +17,7 @@ from zo_dist.noise import Law, Noise
 from zo_dist.params import Arm, find_layers, group_arms, trainable_params
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 from zo_dist.prefix import PrefixUnsafeError
-from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, num_rows
+from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, closure_sums, first_row, num_rows
 from zo_dist.rules import SGD, Rounding, Rounding16, Rule, update_span
 from zo_dist.samplers import Dense, Draw, Sampler
 from zo_dist.selfcheck import check_engine
@@ -91,7 +91,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.rounding = Rounding16(rounding, self.noise)
         self.rounding.begin(self.engine.spans(self.params))
         self.eps, self.directions, self.perturb = eps, directions, perturb
-        self.max_skipped, self.self_check = max_skipped, self_check
+        self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
         self.step_count = self.skipped = self.skipped_in_a_row = 0
         self.draws: list[Draw] = []
         self.slopes: list[float] = []
@@ -106,6 +106,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         if closure is None:
             raise ValueError("a zeroth-order step evaluates the loss itself: pass a closure")
+        self._prepare(lambda rows: closure_sums(closure)[:1], stacks=False)
         return self._step(lambda probes: probes.by_closure(closure))
 
     def step_batch(self, batch: Batch | Sequence[Batch], row_loss: RowLoss) -> float:
@@ -118,13 +119,15 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         batches = [batch] if not isinstance(batch, Sequence) else list(batch)
         first, total, num_forwards = self._count_rows(batches)
-        self._check_once(batches[0], row_loss)
+        self.prepare(batches[0], row_loss)
         return self._step(lambda p: p.by_rows(batches, row_loss, first, total, num_forwards))
 
     @torch.no_grad()
     def _step(self, evaluate: Callable[[StepProbes], Tensor]) -> float:
         step, lr = self.step_count, float(self.param_groups[0]["lr"])
         self.step_count += 1
+        # torch's schedulers look here for whether a step came before theirs; `step_batch` is one too.
+        self._opt_called = True
         draws = [self.sampler.draw(step, d) for d in range(self.directions)]
         with self._evaluating():
             sums = self.engine.reduce(self._sums(evaluate, draws, step))
@@ -217,12 +220,27 @@ class ZeroOrder(torch.optim.Optimizer):
             )
         return int(counts[: self.engine.rank, 0].sum()), total, int(counts[:, 1].max())
 
+    def prepare(self, batch: Batch, row_loss: RowLoss) -> None:
+        """The start-up check and the compilation of the noise, which the first step else begins with.
+
+        Every rank must call it, if any does. Raises SelfCheckError (see `selfcheck`) on every rank.
+        """
+
+        def evaluate(rows: int) -> Tensor:
+            out = row_loss(self.engine.module, first_row(batch, rows))
+            return out[0] if isinstance(out, tuple) else out
+
+        self._prepare(evaluate, stacks=True)
+
     @torch.no_grad()
-    def _check_once(self, batch: Batch, row_loss: RowLoss) -> None:
+    def _prepare(self, evaluate: Callable[[int], Tensor], stacks: bool) -> None:
+        if self._prepared:
+            return
+        self._prepared = True
+        self.noise.warm_up({(p.param.dtype, self.engine.device) for p in self.params})
         if self.self_check:
-            self.self_check = False
             with self._evaluating():
-                check_engine(self.engine, self.arms, self.noise, self.perturb, batch, row_loss)
+                check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, evaluate)
 
     def _settings(self, lr: float) -> dict[str, object]:
         """What must be equal on every rank for the ranks to stay one run."""

@@ -79,9 +79,8 @@ class StepProbes:
             for sides in self._probes:
                 for side, probe in enumerate(sides):
                     with self._shifted(probe, rows=1):
-                        out = closure()
-                    loss, weight = out if isinstance(out, tuple) else (out, 1.0)
-                    self._add(probe, side, torch.stack([_scalar(loss), _scalar(weight)]))
+                        sums = closure_sums(closure)
+                    self._add(probe, side, sums)
         return self._sums
 
     def by_rows(
@@ -162,6 +161,13 @@ class StepProbes:
 
     def _add(self, probe: Probe, side: int, sums: Tensor) -> None:
         self._sums[probe.direction, side] += sums.to(self._sums)
+
+
+def closure_sums(closure: Closure) -> Tensor:
+    """float64 `[2]`: the summed loss and weight of one call; ValueError unless both are scalars."""
+    out = closure()
+    loss, weight = out if isinstance(out, tuple) else (out, 1.0)
+    return torch.stack([_scalar(loss), _scalar(weight)])
 
 
 def _scalar(value: Tensor | float) -> Tensor:

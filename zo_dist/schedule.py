@@ -31,7 +31,4 @@ def lr_share(step: int, config: TrainConfig) -> float:
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> LambdaLR:
     """The torch scheduler that does so; call its `step` after each step."""
-    scheduler = LambdaLR(optimizer, lambda step: lr_share(step, config))
-    # torch warns about a scheduler that moves first by watching `step` alone; ours is `step_batch`.
-    optimizer._opt_called = True  # type: ignore[attr-defined]
-    return scheduler
+    return LambdaLR(optimizer, lambda step: lr_share(step, config))

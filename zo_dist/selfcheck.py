@@ -8,7 +8,7 @@ mode), on one row each, and two forwards for the writes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,13 @@ from zo_dist.engines import Engine
 from zo_dist.noise import Noise
 from zo_dist.params import Arm, Param, Span
 from zo_dist.perturb import ModulePerturbation, Probe, ShardPerturbation
-from zo_dist.probes import Batch, RowLoss, first_row
 
 # Far above any eps, so that a loss that does not move shows a missing wire, not a small slope.
 _TRIAL_SHIFT = 0.1
 _ARMS_PER_FORWARD = 16
+# The losses of so many copies of one row, as one stacked forward gives them.
+Evaluate = Callable[[int], Tensor]
+
 # Keys of the trial noise; a run never gets to this step number.
 _TRIAL_STEP = 2**31 - 1
 
@@ -31,16 +33,18 @@ class SelfCheckError(ValueError):
 
 
 def check_engine(
-    engine: Engine, arms: Sequence[Arm], noise: Noise, perturb: str, batch: Batch, row_loss: RowLoss
+    engine: Engine, arms: Sequence[Arm], noise: Noise, perturb: str, stacks: bool, evaluate: Evaluate
 ) -> None:
-    """Raise SelfCheckError on every rank if any of the three promises does not hold on any rank."""
+    """Raise SelfCheckError on every rank if any of the three promises does not hold on any rank.
+
+    `stacks`: whether `evaluate` can take several rows; if not, all arms are shifted at once.
+    """
     error: Exception | None = None
     params = [p for arm in arms for p in arm.params]
-    dead = (
-        _dead_arms(engine, arms, noise, batch, row_loss)
-        if perturb == "module"
-        else _dead_together(engine, params, noise, batch, row_loss)
-    )
+    if perturb == "module" and stacks:
+        dead = _dead_arms(engine, arms, noise, evaluate)
+    else:
+        dead = _dead_together(engine, params, noise, perturb, evaluate)
     # A row that one rank happens to hold may not feel an arm (an expert it is not routed to).
     everywhere = engine.exchange([float(d) for d in dead]).all(0).tolist()
     if any(everywhere):
@@ -51,7 +55,7 @@ def check_engine(
             "requires_grad=False on them, or use perturb: shard"
         )
     engine.together(error)
-    stale = _stale_writes(engine, params, batch, row_loss)
+    stale = _stale_writes(engine, params, evaluate)
     if stale:
         error = SelfCheckError(
             f"a write to the shard of {', '.join(stale[:5])}{' ...' if len(stale) > 5 else ''} did not "
@@ -62,9 +66,7 @@ def check_engine(
     engine.together(error)
 
 
-def _dead_arms(
-    engine: Engine, arms: Sequence[Arm], noise: Noise, batch: Batch, row_loss: RowLoss
-) -> list[bool]:
+def _dead_arms(engine: Engine, arms: Sequence[Arm], noise: Noise, evaluate: Evaluate) -> list[bool]:
     """For each arm, whether its row of a stacked forward has the loss of unshifted weights.
 
     The control run shifts by 0 through the same copies and slices, so an arm without effect gives
@@ -79,25 +81,30 @@ def _dead_arms(
             params = [p for arm in some for p in arm.params]
             perturbation = ModulePerturbation(params, noise, _TRIAL_STEP, shift)
             with perturbation.installed(), perturbation.probes(live):
-                losses.append(_losses(row_loss(engine.module, first_row(batch, len(some)))))
+                losses.append(evaluate(len(some)))
         dead += torch.eq(*losses).tolist()
     return dead
 
 
 def _dead_together(
-    engine: Engine, params: Sequence[Param], noise: Noise, batch: Batch, row_loss: RowLoss
+    engine: Engine, params: Sequence[Param], noise: Noise, perturb: str, evaluate: Evaluate
 ) -> list[bool]:
-    """One entry: whether shifting every shard at once leaves the loss as it is."""
+    """One entry: whether shifting every parameter at once leaves the loss as it is."""
     losses = []
-    names = frozenset(p.name for p in params)
+    probe = Probe(0, 1.0, frozenset(p.name for p in params))
     for shift in (0.0, _TRIAL_SHIFT):
-        perturbation = ShardPerturbation(noise, _TRIAL_STEP, shift, engine.publish)
-        with perturbation.shifted(engine.spans(params), Probe(0, 1.0, names)):
-            losses.append(_losses(row_loss(engine.module, first_row(batch, 1))))
+        if perturb == "module":
+            copies = ModulePerturbation(params, noise, _TRIAL_STEP, shift)
+            with copies.installed(), copies.probes([(probe, 1)]):
+                losses.append(evaluate(1))
+        else:
+            shards = ShardPerturbation(noise, _TRIAL_STEP, shift, engine.publish)
+            with shards.shifted(engine.spans(params), probe):
+                losses.append(evaluate(1))
     return torch.eq(*losses).tolist()
 
 
-def _stale_writes(engine: Engine, params: Sequence[Param], batch: Batch, row_loss: RowLoss) -> list[str]:
+def _stale_writes(engine: Engine, params: Sequence[Param], evaluate: Evaluate) -> list[str]:
     """Names of parameters of which a forward does not see a write, or does not see it taken back.
 
     The first and the last local element of each span change their sign and come back.
@@ -112,7 +119,7 @@ def _stale_writes(engine: Engine, params: Sequence[Param], batch: Batch, row_los
             span.flat[0], span.flat[-1] = now[0], now[1]
             expected[span.name] = (span, now if span.flat.numel() > 1 else now[:1].repeat(2))
         engine.publish()
-        stale += _forward_and_compare(engine, params, expected, batch, row_loss)
+        stale += _forward_and_compare(params, expected, evaluate)
     return sorted(set(stale))
 
 
@@ -121,11 +128,7 @@ def _ends(span: Span) -> Tensor:
 
 
 def _forward_and_compare(
-    engine: Engine,
-    params: Sequence[Param],
-    expected: dict[str, tuple[Span, Tensor]],
-    batch: Batch,
-    row_loss: RowLoss,
+    params: Sequence[Param], expected: dict[str, tuple[Span, Tensor]], evaluate: Evaluate
 ) -> list[str]:
     """Names whose owner, in one forward, holds other values than expected at the span's ends."""
     stale: list[str] = []
@@ -148,12 +151,8 @@ def _forward_and_compare(
             if param.name in expected:
                 hooks.append(watch(owner, attribute, param))
     try:
-        row_loss(engine.module, first_row(batch, 1))
+        evaluate(1)
     finally:
         for hook in hooks:
             hook.remove()
     return stale
-
-
-def _losses(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    return (out[0] if isinstance(out, tuple) else out).detach()

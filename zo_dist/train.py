@@ -62,7 +62,8 @@ def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
 
     Writes to `train.output`: config.yaml, metrics.jsonl, tensorboard/, best/, last/, run.png,
     result.json. `seconds` in the result is the wall clock from the first step to the last, with the
-    evaluations and saves between them, without loading and without the test before and after.
+    evaluations and saves between them; without loading, compiling and the start-up check, and without
+    the test before and after.
     """
     prepared = prepare(config, ranks)
     optimizer = ZeroOrder(
@@ -161,6 +162,7 @@ class Loop:
         row_loss = ROW_LOSSES[get_task(self._config.data.task).loss]
         scheduler = make_scheduler(optimizer, settings)
         accuracy = ""
+        optimizer.prepare(self._batches[0][0], row_loss)
         self._start = time.perf_counter()
         for step in range(1, settings.steps + 1):
             lr = optimizer.param_groups[0]["lr"]

@@ -73,7 +73,7 @@ class Engine:
             return mine.cpu().unsqueeze(0)
         mine = mine.to(self._scalar_device)
         everyone = mine.new_empty(self.num_ranks * mine.numel())
-        dist.all_gather_into_tensor(everyone, mine)
+        dist.all_gather_single(everyone, mine)
         return everyone.cpu().view(self.num_ranks, -1)
 
     def reduce(self, values: Tensor) -> Tensor:
