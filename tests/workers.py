@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,7 @@ class Pool:
     def _start(self) -> None:
         if self._workers:
             return
+        _build_once()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["workers_preload"])
         with _environment(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS), *sys.path])):
@@ -158,6 +161,21 @@ def _environment(**values: str) -> Iterator[None]:
                 del os.environ[key]
             else:
                 os.environ[key] = value
+
+
+@cache
+def _build_once() -> None:
+    """Have DeepSpeed compile its operator for CPU ranks before a call with a time limit needs it.
+
+    A rank that is stopped while it compiles leaves a lock behind, on which every later one waits.
+    """
+    if HAVE_DEEPSPEED:
+        load = "from deepspeed.accelerator import get_accelerator as a\n"
+        load += "a().create_op_builder('ShareMemCommBuilder').load()"
+        built = subprocess.run(
+            [sys.executable, "-c", load], env={**os.environ, **environment()}, capture_output=True, text=True
+        )
+        assert built.returncode == 0, built.stdout + built.stderr
 
 
 def _free_port() -> int:

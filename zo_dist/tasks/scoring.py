@@ -9,7 +9,8 @@ otherwise among the largest costs of a forward pass.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -137,9 +138,29 @@ def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, ke
         options["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = keep
-    output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
+    with _contiguous_head_input(_unwrap(model)):
+        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
     logits: Tensor = output.logits
     return logits[:, -keep:]
+
+
+@contextmanager
+def _contiguous_head_input(module: nn.Module) -> Iterator[None]:
+    """Inside, the vocabulary projection gets its input in one piece.
+
+    Models hand it a slice of the hidden states, for which torch 2.13 leaves the fast 16-bit path on
+    a CPU: 21 s instead of 22 ms for 64 rows and 49,152 words.
+    """
+    find_head = getattr(module, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: tuple(arg.contiguous() for arg in args))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
