@@ -187,7 +187,11 @@ def _stochastic(exact: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         return ((exact.view(torch.int32) + bits) & -0x10000).view(torch.float32)
     # float16 drops 13 bits of a normal number; below 2**-14 its values are 2**-24 apart.
     normal = ((exact.view(torch.int32) + (bits & 0x1FFF)) & -0x2000).view(torch.float32)
-    subnormal = torch.floor(exact * 2.0**24 + bits * 2.0**-16) * 2.0**-24
+    # (adding the bits before the floor would itself round, and move values that fit).
+    units = exact * 2.0**24
+    below = torch.floor(units)
+    up = bits.to(torch.float32) >= 65536.0 - (units - below) * 65536.0
+    subnormal = (below + up.to(torch.float32)) * 2.0**-24
     # floor loses the sign of a negative zero.
     return torch.where(exact.abs() < 2.0**-14, torch.copysign(subnormal, exact), normal)
 
@@ -254,7 +258,7 @@ class Noise:
     ) -> None:
         """`out = weight + scale * z` in float32 arithmetic, rounded once to `out.dtype`.
 
-        `out` may be `weight`.
+        `out` and `weight` must not share memory.
         """
         at = (name, step, NOISE, direction, offset)
         scalar = torch.tensor(scale, dtype=torch.float32, device=out.device)
@@ -290,7 +294,7 @@ class Noise:
         numel = 2 * math.prod(TILE["gaussian"][0])
         weight = torch.zeros(numel, dtype=dtype, device=device)
         exact = torch.zeros(numel, dtype=torch.float32, device=device)
-        self.shift(weight, weight, "", 0, 0, 0, 0.0)
+        self.shift(weight, weight.clone(), "", 0, 0, 0, 0.0)
         self.accumulate(exact, "", 0, 0, 0, 0.0)
         if dtype != torch.float32:
             self.round(weight, exact, "", 0, 0)

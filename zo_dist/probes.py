@@ -122,7 +122,10 @@ class StepProbes:
                 pieces.append((start, start + rows))
             start += rows
         if not live:
-            row_loss(self._engine.module, first_row(batch, 1))
+            # Two equal unshifted probes: this rank then meets whatever the others meet on the way.
+            clean = Probe(-1, 0.0, frozenset())
+            with self._perturbation.probes([(clean, 1), (clean, 1)], [(0, 1), (0, 1)]):
+                row_loss(self._engine.module, first_row(batch, 2))
             return
         with self._perturbation.probes(live, pieces):
             sums = _per_row(row_loss(self._engine.module, _stack(batch, pieces)), pieces)
