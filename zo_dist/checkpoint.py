@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zo_dist.engines import Engine
-from zo_dist.params import Param, canonical_name
+from zo_dist.params import Owner, Param, canonical_name
 
 
 def save_model(engine: Engine, path: str | Path, tokenizer: Any = None) -> None:
@@ -50,7 +50,8 @@ def gather_state(engine: Engine) -> dict[str, Tensor]:
                 continue
             name = canonical_name(f"{prefix}.{attribute}".lstrip("."))
             if param not in gathered:
-                with engine.whole(Param(name, param, engine.shape_of(param), ((owner, attribute),))) as whole:
+                at = Owner(owner, owner, attribute)
+                with engine.whole(Param(name, param, engine.shape_of(param), (at,))) as whole:
                     gathered[param] = _on_cpu(whole) if engine.rank == 0 else torch.empty(0)
             state[name] = gathered[param]
         for attribute, buffer in owner._buffers.items():

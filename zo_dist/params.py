@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +40,29 @@ class Span:
     offset: int
 
 
+class Owner(NamedTuple):
+    """A module whose forward uses a parameter, and where it finds it.
+
+    `holder` is `module` itself, or a `ParameterDict` or `ParameterList` in it: those have no forward
+    of their own.
+    """
+
+    module: nn.Module
+    holder: nn.Module
+    attribute: str
+
+
 @dataclass(frozen=True, slots=True)
 class Param:
     """One trainable parameter: canonical name, whole shape, and the modules that own it.
 
-    `owners` are `(module, attribute)` pairs; a tied weight has several owners and one name.
+    A tied weight has several owners and one name.
     """
 
     name: str
     param: nn.Parameter
     shape: torch.Size
-    owners: tuple[tuple[nn.Module, str], ...]
+    owners: tuple[Owner, ...]
 
     @property
     def numel(self) -> int:
@@ -90,12 +103,16 @@ def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
     `module` is unwrapped. Raises ValueError when there are none, when one has a dtype other than
     float32, bfloat16 or float16, or when two get the same canonical name.
     """
-    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    owners: dict[nn.Parameter, list[Owner]] = {}
     names: dict[nn.Parameter, str] = {}
-    for prefix, owner in module.named_modules():
-        for attribute, param in owner._parameters.items():
+    modules = dict(module.named_modules())
+    for prefix, holder in modules.items():
+        runs = prefix
+        while isinstance(modules[runs], nn.ParameterDict | nn.ParameterList) and runs:
+            runs = runs.rpartition(".")[0]
+        for attribute, param in holder._parameters.items():
             if param is not None and param.requires_grad:
-                owners.setdefault(param, []).append((owner, attribute))
+                owners.setdefault(param, []).append(Owner(modules[runs], holder, attribute))
                 names.setdefault(param, canonical_name(f"{prefix}.{attribute}".lstrip(".")))
     if not owners:
         raise ValueError("the model has no trainable parameter; set requires_grad=True on those to train")
@@ -125,10 +142,10 @@ def group_arms(module: nn.Module, params: Sequence[Param]) -> list[Arm]:
     groups.update({name: [] for name, _ in find_layers(module)})
     groups["rest"] = []
     for p in params:
-        owner = p.owners[0][0]
+        owner = p.owners[0].module
         if id(owner) in layer_of:
             groups[layer_of[id(owner)]].append(p)
-        elif any(isinstance(o, nn.Embedding) for o, _ in p.owners):
+        elif any(isinstance(o.module, nn.Embedding) for o in p.owners):
             groups["embeddings"].append(p)
         else:
             groups["rest"].append(p)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from zo_dist.noise import Noise
-from zo_dist.params import Param, Span
+from zo_dist.params import Owner, Param, Span
 from zo_dist.prefix import SharedPrefix
 
 
@@ -55,10 +55,10 @@ class ModulePerturbation:
         layers: Sequence[nn.Module] = (),
     ) -> None:
         self._noise, self._step, self._eps = noise, step, eps
-        self._owned: dict[nn.Module, list[tuple[str, Param]]] = {}
+        self._owned: dict[nn.Module, list[tuple[Owner, Param]]] = {}
         for param in params:
-            for owner, attribute in param.owners:
-                self._owned.setdefault(owner, []).append((attribute, param))
+            for owner in param.owners:
+                self._owned.setdefault(owner.module, []).append((owner, param))
         self._prefix = SharedPrefix(layers, self._owned)
         self._live: Live = ()
         self._ran: set[nn.Module] = set()
@@ -97,10 +97,10 @@ class ModulePerturbation:
             self._live = ()
         drawn = frozenset().union(*(probe.drawn for probe, _ in live))
         for param in {p.name: p for owned in self._owned.values() for _, p in owned}.values():
-            if param.name in drawn and not any(owner in self._ran for owner, _ in param.owners):
+            if param.name in drawn and not any(owner.module in self._ran for owner in param.owners):
                 raise RuntimeError(
                     f"parameter {param.name} was drawn, but the module that owns it "
-                    f"({type(param.owners[0][0]).__name__}) never ran in this forward, so its noise "
+                    f"({type(param.owners[0].module).__name__}) never ran in this forward, so its noise "
                     "was never applied: the model reads this weight from outside its owner. Use "
                     "perturb: shard for this model, or set requires_grad=False on the parameter."
                 )
@@ -164,13 +164,13 @@ class ModulePerturbation:
     @contextmanager
     def _shifted(self, owner: nn.Module, probe: Probe) -> Iterator[None]:
         """Point the owner's drawn parameters at shifted scratch copies; point them back on leaving."""
-        stored: list[tuple[str, Any]] = []
+        stored: list[tuple[Owner, Any]] = []
         depth = self._depth
         try:
-            for attribute, param in self._owned[owner]:
+            for place, param in self._owned[owner]:
                 if param.name not in probe.drawn:
                     continue
-                weight = owner._parameters[attribute]
+                weight = place.holder._parameters[place.attribute]
                 if weight is None or weight.shape != param.shape or hasattr(weight, "placements"):
                     raise RuntimeError(
                         f"parameter {param.name} is not whole while its owner runs; call the model "
@@ -181,13 +181,13 @@ class ModulePerturbation:
                 self._noise.shift(
                     copy, whole, param.name, self._step, probe.direction, 0, probe.sign * self._eps
                 )
-                stored.append((attribute, weight))
+                stored.append((place, weight))
                 # A plain tensor: autocast caches casts of parameters, and would serve a stale one.
-                owner._parameters[attribute] = copy.view(param.shape)  # type: ignore[assignment]
+                place.holder._parameters[place.attribute] = copy.view(param.shape)  # type: ignore[assignment]
             yield
         finally:
-            for attribute, weight in stored:
-                owner._parameters[attribute] = weight
+            for place, weight in stored:
+                place.holder._parameters[place.attribute] = weight
             self._depth = depth
 
     def _take_scratch(self, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zo_dist.engines import Engine
 from zo_dist.noise import Noise
-from zo_dist.params import Arm, Param, Span
+from zo_dist.params import Arm, Owner, Param, Span
 from zo_dist.perturb import ModulePerturbation, Probe, ShardPerturbation
 
 # Far above any eps, so that a loss that does not move shows a missing wire, not a small slope.
@@ -133,23 +133,22 @@ def _forward_and_compare(
     """Names whose owner, in one forward, holds other values than expected at the span's ends."""
     stale: list[str] = []
 
-    def watch(watched: nn.Module, attribute: str, param: Param) -> torch.utils.hooks.RemovableHandle:
+    def watch(owner: Owner, param: Param) -> torch.utils.hooks.RemovableHandle:
         span, values = expected[param.name]
 
-        def compare(owner: nn.Module, args: object) -> None:
-            weight = owner._parameters[attribute]
+        def compare(_: nn.Module, args: object) -> None:
+            weight = owner.holder._parameters[owner.attribute]
             assert weight is not None
             ends = weight.detach().reshape(-1)[[span.offset, span.offset + span.flat.numel() - 1]]
             if not torch.equal(ends, values.to(ends)):
                 stale.append(param.name)
 
-        return watched.register_forward_pre_hook(compare)
+        return owner.module.register_forward_pre_hook(compare)
 
     hooks = []
     for param in params:
-        for owner, attribute in param.owners:
-            if param.name in expected:
-                hooks.append(watch(owner, attribute, param))
+        if param.name in expected:
+            hooks += [watch(owner, param) for owner in param.owners]
     try:
         evaluate(1)
     finally:

@@ -69,8 +69,8 @@ class FSDP2Engine(Engine):
         return super().spans(params)
 
     def _span(self, param: Param) -> Span | None:
-        owner, attribute = param.owners[0]
-        sharded = owner._parameters[attribute]
+        owner = param.owners[0]
+        sharded = owner.holder._parameters[owner.attribute]
         assert isinstance(sharded, DTensor)
         local = sharded.to_local().detach()
         return Span(param.name, local.reshape(-1), _first_row(sharded) * local[:1].numel())
@@ -86,8 +86,8 @@ class FSDP2Engine(Engine):
     @contextmanager
     def whole(self, param: Param) -> Iterator[Tensor]:
         self._reshard()
-        owner, attribute = param.owners[0]
-        sharded = owner._parameters[attribute]
+        owner = param.owners[0]
+        sharded = owner.holder._parameters[owner.attribute]
         assert isinstance(sharded, DTensor)
         yield sharded.full_tensor().detach()
 
