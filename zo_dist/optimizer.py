@@ -41,7 +41,10 @@ class ZeroOrder(torch.optim.Optimizer):
 
     `model`: an `nn.Module`, DDP, a `fully_shard`-ed module or a DeepSpeed engine; parameters with
     `requires_grad=False` are left alone. `lr`, `eps`: above 0 (`lr` may be 0), as in MeZO.
-    `directions`: how many are tested per step, over all ranks. `perturb`: see DESIGN.md section 3.
+    `directions`: how many are tested per step, over all ranks. `perturb`: `module` shifts a weight in
+    a scratch copy while the module that owns it runs; `shard` shifts the local shards before a
+    forward and restores their bytes after it (2 x directions forwards of their rows), for objectives
+    and models that read weights outside the module that owns them.
     `rounding` of writes to 16-bit weights: `stochastic`, `kahan` (2 bytes per parameter) or
     `nearest`. `max_skipped`: steps in a row with a non-finite loss before NonFiniteLossError.
     `self_check`: before the first step, verify that every arm moves the loss and that writes reach
