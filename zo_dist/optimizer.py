@@ -71,33 +71,34 @@ class ZeroOrder(torch.optim.Optimizer):
         self_check: bool = True,
         compile: bool = False,
     ) -> None:
-        if not (math.isfinite(eps) and eps > 0):
-            raise ValueError(f"eps is {eps}; it must be finite and above 0 (1e-3 is usual)")
-        if not (math.isfinite(lr) and lr >= 0):
-            raise ValueError(f"lr is {lr}; it must be finite and not below 0")
-        if perturb not in get_args(Perturb):
-            raise ValueError(f"perturb is {perturb!r}; use one of {', '.join(get_args(Perturb))}")
-        if directions < 1:
-            raise ValueError(f"directions is {directions}; it must be at least 1")
-        if max_skipped < 0:
-            raise ValueError(f"max_skipped is {max_skipped}; it must be at least 0")
         self.engine = select(model)
-        self.params = trainable_params(self.engine.module, self.engine.shape_of)
-        self.arms: list[Arm] = group_arms(self.engine.module, self.params)
-        # Emptied when the model turns out to run drawn weights before its layers.
-        self.layers = [layer for _, layer in find_layers(self.engine.module)]
-        self.noise = Noise(noise, seed, compile)
-        self.sampler = sampler or Dense()
-        self.sampler.bind(len(self.arms), self.noise)
-        self.estimator = estimator or TwoSided()
-        self.rule = rule or SGD()
-        self.rounding = Rounding16(rounding, self.noise)
-        self.rounding.begin(self.engine.spans(self.params))
-        self.eps, self.directions, self.perturb = eps, directions, perturb
-        self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
-        self.step_count = self.skipped = self.skipped_in_a_row = 0
-        self.draws: list[Draw] = []
-        self.slopes: list[float] = []
+        with self.engine.jointly():
+            if not (math.isfinite(eps) and eps > 0):
+                raise ValueError(f"eps is {eps}; it must be finite and above 0 (1e-3 is usual)")
+            if not (math.isfinite(lr) and lr >= 0):
+                raise ValueError(f"lr is {lr}; it must be finite and not below 0")
+            if perturb not in get_args(Perturb):
+                raise ValueError(f"perturb is {perturb!r}; use one of {', '.join(get_args(Perturb))}")
+            if directions < 1:
+                raise ValueError(f"directions is {directions}; it must be at least 1")
+            if max_skipped < 0:
+                raise ValueError(f"max_skipped is {max_skipped}; it must be at least 0")
+            self.params = trainable_params(self.engine.module, self.engine.shape_of)
+            self.arms: list[Arm] = group_arms(self.engine.module, self.params)
+            # Emptied when the model turns out to run drawn weights before its layers.
+            self.layers = [layer for _, layer in find_layers(self.engine.module)]
+            self.noise = Noise(noise, seed, compile)
+            self.sampler = sampler or Dense()
+            self.sampler.bind(len(self.arms), self.noise)
+            self.estimator = estimator or TwoSided()
+            self.rule = rule or SGD()
+            self.rounding = Rounding16(rounding, self.noise)
+            self.rounding.begin(self.engine.spans(self.params))
+            self.eps, self.directions, self.perturb = eps, directions, perturb
+            self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
+            self.step_count = self.skipped = self.skipped_in_a_row = 0
+            self.draws: list[Draw] = []
+            self.slopes: list[float] = []
         self.engine.require_equal("the optimizer's settings", self._settings(lr))
         super().__init__([p.param for p in self.params], {"lr": lr})
 

@@ -53,6 +53,26 @@ def test_settings_that_differ_between_ranks(pool: PoolOf, engine: str, options: 
         assert key in error or key in ("sampler", "estimator")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": [1e-3, -1.0]},
+        {"eps": [1e-3, float("nan")]},
+        {"directions": [0, 1]},
+        {"rounding": ["kahan", "up"]},
+        {"noise": ["rademacher", "cauchy"]},
+        {"perturb": ["module", "layer"]},
+        {"seed": [0, -1]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_bad_setting_on_one_rank_stops_both(pool: PoolOf, options: dict[str, list[Any]]) -> None:
+    key = next(iter(options))
+    for error in pool(2).errors(with_a_setting_of_its_own, "replicated", options):
+        assert "ValueError" in error
+        assert key in error
+
+
 def with_weights_of_its_own(engine: str) -> None:
     table.optimizer(wrap(engine, build("sequential", seed=rank())))
 
