@@ -1,0 +1,57 @@
+"""What noise costs: each use of it, as a ratio to one in-place pass over the same bfloat16 weights.
+
+    python -m benchmarks.noise [--elements N]
+
+All figures come from one process and alternate, so that a slower moment of the machine hits all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from zo_dist.noise import LAWS, Noise
+
+
+def seconds(job: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def jobs(noise: Noise, weight: torch.Tensor) -> dict[str, Callable[[], object]]:
+    out, total = torch.empty_like(weight), torch.zeros(weight.shape)
+    return {
+        "shift": lambda: noise.shift(out, weight, "w", 0, 0, 0, 1e-3),
+        "accumulate": lambda: noise.accumulate(total, "w", 0, 0, 0, 1e-3),
+        "round": lambda: noise.round(out, total, "w", 0, 0),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--elements", type=int, default=2**25)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    weight = torch.randn(arguments.elements).to(torch.bfloat16)
+    timed: dict[str, Callable[[], object]] = {"in place": lambda: weight.mul_(1.0)}
+    for law in LAWS:
+        for form in ("compiled", "eager"):
+            noise = Noise(law, compile=form == "compiled")  # type: ignore[arg-type]
+            timed |= {f"{law} {use}, {form}": job for use, job in jobs(noise, weight).items()}
+    for job in timed.values():
+        job()
+    runs = [{name: seconds(job) for name, job in timed.items()} for _ in range(arguments.repeats)]
+    print(f"{arguments.elements} bfloat16 weights, {torch.get_num_threads()} threads, median of ratios")
+    for name in timed:
+        ratio = statistics.median(run[name] / run["in place"] for run in runs)
+        nanoseconds = statistics.median(run[name] for run in runs) / arguments.elements * 1e9
+        print(f"{name:34} {ratio:7.2f} x   {nanoseconds:7.2f} ns per element")
+
+
+if __name__ == "__main__":
+    main()
