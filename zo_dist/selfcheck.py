@@ -2,7 +2,7 @@
 
 It catches what would otherwise be a run that silently learns nothing: a gathered copy that outlives
 its forward (persistent ZeRO-3 parameters, an FSDP2 group left unsharded, hpZ), an arm whose
-parameters the model does not use. Cost: two forwards per 16 arms (module mode) or two in all (shard
+parameters the model does not use. Cost: four forwards per 16 arms (module mode) or four in all (shard
 mode), on one row each, and two forwards for the writes.
 """
 
@@ -18,8 +18,9 @@ from zo_dist.noise import Noise
 from zo_dist.params import Arm, Owner, Param, Span
 from zo_dist.perturb import ModulePerturbation, Probe, ShardPerturbation
 
-# Far above any eps, so that a loss that does not move shows a missing wire, not a small slope.
-_TRIAL_SHIFT = 0.1
+# Far above any eps, so that a loss that does not move shows a missing wire, not a small slope; and
+# several, because a 16-bit model's loss has few values and may be the same one by chance.
+_TRIAL_SHIFTS = (0.1, 0.3, 1.0)
 _ARMS_PER_FORWARD = 16
 # The losses of so many copies of one row, as one stacked forward gives them.
 Evaluate = Callable[[int], Tensor]
@@ -77,12 +78,12 @@ def _dead_arms(engine: Engine, arms: Sequence[Arm], noise: Noise, evaluate: Eval
         some = arms[start : start + _ARMS_PER_FORWARD]
         live = [(Probe(d, 1.0, frozenset(p.name for p in arm.params)), 1) for d, arm in enumerate(some)]
         losses = []
-        for shift in (0.0, _TRIAL_SHIFT):
+        for shift in (0.0, *_TRIAL_SHIFTS):
             params = [p for arm in some for p in arm.params]
             perturbation = ModulePerturbation(params, noise, _TRIAL_STEP, shift)
             with perturbation.installed(), perturbation.probes(live):
                 losses.append(evaluate(len(some)))
-        dead += torch.eq(*losses).tolist()
+        dead += _all_equal(losses)
     return dead
 
 
@@ -92,7 +93,7 @@ def _dead_together(
     """One entry: whether shifting every parameter at once leaves the loss as it is."""
     losses = []
     probe = Probe(0, 1.0, frozenset(p.name for p in params))
-    for shift in (0.0, _TRIAL_SHIFT):
+    for shift in (0.0, *_TRIAL_SHIFTS):
         if perturb == "module":
             copies = ModulePerturbation(params, noise, _TRIAL_STEP, shift)
             with copies.installed(), copies.probes([(probe, 1)]):
@@ -101,7 +102,12 @@ def _dead_together(
             shards = ShardPerturbation(noise, _TRIAL_STEP, shift, engine.publish)
             with shards.shifted(engine.spans(params), probe):
                 losses.append(evaluate(1))
-    return torch.eq(*losses).tolist()
+    return _all_equal(losses)
+
+
+def _all_equal(losses: Sequence[Tensor]) -> list[bool]:
+    """For each row, whether every trial gave the loss of the first."""
+    return torch.stack([loss == losses[0] for loss in losses]).all(0).tolist()
 
 
 def _stale_writes(engine: Engine, params: Sequence[Param], evaluate: Evaluate) -> list[str]:
