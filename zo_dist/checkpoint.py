@@ -25,13 +25,9 @@ def save_model(engine: Engine, path: str | Path, tokenizer: Any = None) -> None:
     rank if the write fails.
     """
     state = gather_state(engine)
-    error: Exception | None = None
-    if engine.rank == 0:
-        try:
+    with engine.jointly():
+        if engine.rank == 0:
             _write(engine.module, state, Path(path), tokenizer)
-        except Exception as caught:
-            error = caught
-    engine.together(error)
 
 
 @torch.no_grad()

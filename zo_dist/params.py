@@ -137,9 +137,10 @@ def group_arms(module: nn.Module, params: Sequence[Param]) -> list[Arm]:
     Embeddings are the parameters of `nn.Embedding` modules outside the layers. An arm below 1% of
     the mean arm's size (the final norm of a model with a tied head) joins the arm before it.
     """
-    layer_of = {id(m): name for name, layer in find_layers(module) for m in layer.modules()}
+    layers = find_layers(module)
+    layer_of = {id(m): name for name, layer in layers for m in layer.modules()}
     groups: dict[str, list[Param]] = {"embeddings": []}
-    groups.update({name: [] for name, _ in find_layers(module)})
+    groups.update({name: [] for name, _ in layers})
     groups["rest"] = []
     for p in params:
         owner = p.owners[0].module

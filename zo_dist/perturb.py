@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from zo_dist.noise import Noise
 from zo_dist.params import Owner, Param, Span
-from zo_dist.prefix import SharedPrefix
+from zo_dist.prefix import SharedPrefix, wrapped_forwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +68,8 @@ class ModulePerturbation:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Wrap the owners' forwards; on leaving, also by an exception, put everything back."""
-        before: list[tuple[nn.Module, Any]] = []
-        try:
-            for owner in self._owned:
-                before.append((owner, owner.__dict__.get("forward")))
-                owner.forward = self._wrapped(owner, owner.forward)
-            with self._prefix.installed():
-                yield
-        finally:
-            for owner, forward in before:
-                if forward is None:
-                    del owner.forward
-                else:
-                    owner.forward = forward
+        with wrapped_forwards(self._owned, self._wrapped), self._prefix.installed():
+            yield
 
     @contextmanager
     def probes(self, live: Live, pieces: Sequence[tuple[int, int]] = ()) -> Iterator[None]:

@@ -21,6 +21,25 @@ class PrefixUnsafeError(RuntimeError):
     """The model runs a drawn module before the layers, or its layers do not take rows along dim 0."""
 
 
+@contextmanager
+def wrapped_forwards(
+    modules: Collection[nn.Module], wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside, each module's forward is `wrap(module, forward)`; taken off on leaving, whatever happens."""
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for module in modules:
+            before.append((module, module.__dict__.get("forward")))
+            module.forward = wrap(module, module.forward)
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
 class SharedPrefix:
     """Wraps the layers up to the first one that holds a drawn module.
 
@@ -39,18 +58,9 @@ class SharedPrefix:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Wrap the layers' forwards (around the owners' wrappers); take them off on leaving."""
-        before = [(layer, layer.__dict__.get("forward")) for layer in self._layers]
-        for i, layer in enumerate(self._layers):
-            last = i == len(self._layers) - 1
-            layer.forward = self._wrapped(layer.forward, last)
-        try:
+        last = self._layers[-1] if self._layers else None
+        with wrapped_forwards(self._layers, lambda m, forward: self._wrapped(forward, m is last)):
             yield
-        finally:
-            for layer, forward in before:
-                if forward is None:
-                    del layer.forward
-                else:
-                    layer.forward = forward
 
     @contextmanager
     def rows(self, pieces: Sequence[tuple[int, int]]) -> Iterator[None]:

@@ -69,9 +69,7 @@ class FSDP2Engine(Engine):
         return super().spans(params)
 
     def _span(self, param: Param) -> Span | None:
-        owner = param.owners[0]
-        sharded = owner.holder._parameters[owner.attribute]
-        assert isinstance(sharded, DTensor)
+        sharded = _sharded(param)
         local = sharded.to_local().detach()
         return Span(param.name, local.reshape(-1), _first_row(sharded) * local[:1].numel())
 
@@ -86,10 +84,15 @@ class FSDP2Engine(Engine):
     @contextmanager
     def whole(self, param: Param) -> Iterator[Tensor]:
         self._reshard()
-        owner = param.owners[0]
-        sharded = owner.holder._parameters[owner.attribute]
-        assert isinstance(sharded, DTensor)
-        yield sharded.full_tensor().detach()
+        yield _sharded(param).full_tensor().detach()
+
+
+def _sharded(param: Param) -> DTensor:
+    """The parameter as its module holds it while sharded; FSDP2 swaps the object to unshard."""
+    owner = param.owners[0]
+    sharded = owner.holder._parameters[owner.attribute]
+    assert isinstance(sharded, DTensor)
+    return sharded
 
 
 def _first_row(param: DTensor) -> int:
