@@ -9,6 +9,7 @@ import torch
 
 from zo_dist.batches import row_length, to_device
 from zo_dist.engines import Engine
+from zo_dist.params import evaluating
 from zo_dist.tasks import EncodedRow, accuracy_and_loss, collate, option_scores
 
 
@@ -33,17 +34,14 @@ def evaluate(
     order = sorted(range(len(rows)), key=lambda i: row_length(rows[i]))
     batches = [order[i : i + micro_rows] for i in range(0, len(order), micro_rows)]
     results = torch.zeros(len(rows), 2, dtype=torch.float64)
-    training = [m for m in engine.module.modules() if m.training]
-    engine.module.eval()
-    for turn in range(0, len(batches), engine.num_ranks):
-        counts = turn + engine.rank < len(batches)
-        batch = batches[turn + engine.rank] if counts else batches[0][:1]
-        inputs = to_device(collate([rows[i] for i in batch], pad_id, fast=fast), engine.device)
-        correct, loss = accuracy_and_loss(option_scores(engine.module, inputs), inputs["label"])
-        if counts:
-            results[batch] = torch.stack([correct, loss], dim=1).to(results)
-    for module in training:
-        module.training = True
+    with evaluating(engine.module):
+        for turn in range(0, len(batches), engine.num_ranks):
+            counts = turn + engine.rank < len(batches)
+            batch = batches[turn + engine.rank] if counts else batches[0][:1]
+            inputs = to_device(collate([rows[i] for i in batch], pad_id, fast=fast), engine.device)
+            correct, loss = accuracy_and_loss(option_scores(engine.module, inputs), inputs["label"])
+            if counts:
+                results[batch] = torch.stack([correct, loss], dim=1).to(results)
     engine.publish()
     # Every row is some rank's, so the sum is exact, and its mean the same for every number of ranks.
     accuracy, loss = engine.reduce(results).mean(0).tolist()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from zo_dist.engines import select
 from zo_dist.estimators import Estimator, TwoSided
 from zo_dist.noise import Law, Noise
-from zo_dist.params import Arm, find_layers, group_arms, trainable_params
+from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 from zo_dist.prefix import PrefixUnsafeError
 from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, closure_sums, first_row, num_rows
@@ -133,7 +132,7 @@ class ZeroOrder(torch.optim.Optimizer):
         # torch's schedulers look here for whether a step came before theirs; `step_batch` is one too.
         self._opt_called = True
         draws = [self.sampler.draw(step, d) for d in range(self.directions)]
-        with self._evaluating():
+        with evaluating(self.engine.module):
             sums = self.engine.reduce(self._sums(evaluate, draws, step))
         losses, weights = sums[..., 0] / sums[..., 1], sums[..., 1].sum(1)
         slopes = self.estimator.slopes(losses, self.eps)
@@ -177,17 +176,6 @@ class ZeroOrder(torch.optim.Optimizer):
         else:
             perturbation = ShardPerturbation(self.noise, step, self.eps, self.engine.publish)
         return StepProbes(self.engine, drawn, self.estimator.signs, perturbation)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode inside, so that both sides of a direction see the same function of the weights."""
-        training = [m for m in self.engine.module.modules() if m.training]
-        self.engine.module.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
     def _skip(self, step: int) -> float:
         self.skipped += 1
@@ -243,7 +231,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self._prepared = True
         self.noise.warm_up({(p.param.dtype, self.engine.device) for p in self.params})
         if self.self_check:
-            with self._evaluating():
+            with evaluating(self.engine.module):
                 check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, evaluate)
 
     def _settings(self, lr: float) -> dict[str, object]:

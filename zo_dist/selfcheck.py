@@ -45,11 +45,11 @@ def check_engine(
     if perturb == "module" and stacks:
         dead = _dead_arms(engine, arms, noise, evaluate)
     else:
-        dead = _dead_together(engine, params, noise, perturb, evaluate)
+        dead = _dead_together(engine, params, noise, perturb, evaluate) * len(arms)
     # A row that one rank happens to hold may not feel an arm (an expert it is not routed to).
     everywhere = engine.exchange([float(d) for d in dead]).all(0).tolist()
     if any(everywhere):
-        named = [arm.name for arm, is_dead in zip(arms, everywhere, strict=False) if is_dead]
+        named = [arm.name for arm, is_dead in zip(arms, everywhere, strict=True) if is_dead]
         error = SelfCheckError(
             f"shifting the weights of {', '.join(named)} does not change the loss: the loss does not "
             "depend on them, or the model reads them from outside the module that owns them. Set "
