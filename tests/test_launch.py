@@ -21,7 +21,7 @@ def shrunk(tmp_path: Path) -> list[str]:
         f"model.source={write_model(tmp_path / 'model')}",
         r"model.parameters=layers\.[12]\.",
         f"data.source={write_rows(tmp_path / 'rows.jsonl')}",
-        *("data.train=16", "data.validation=8", "data.test=8"),
+        *("data.train=32", "data.validation=8", "data.test=8"),
         *("train.steps=2", "train.eval_every=1", f"train.output={tmp_path / 'run'}"),
     ]
 
