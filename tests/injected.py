@@ -11,7 +11,7 @@ import torch
 from models import loss_of
 from torch import Tensor, nn
 
-from zo_dist import noise
+from zo_dist import generator, noise
 
 
 class Injected:
@@ -56,7 +56,7 @@ def remembered_noise() -> Iterator[None]:
     the + and the - side, the update, both perturb modes and every engine. The function itself is the
     package's; test_noise.py checks it, and the tests of whole trajectories run it unremembered.
     """
-    original = noise.philox
+    original = generator.philox
 
     def philox(counter: tuple[Tensor, ...], schedule: Tensor) -> tuple[Tensor, ...]:
         key = (*((tuple(c.shape), c.numpy().tobytes()) for c in counter), schedule.numpy().tobytes())
@@ -66,18 +66,18 @@ def remembered_noise() -> Iterator[None]:
 
     expand = dict(noise._EXPAND)
 
-    def gaussian(words: Tensor, scale: Tensor) -> Tensor:
-        key = (tuple(words.shape), words.numpy().tobytes())
+    def gaussian(header: Tensor, tiles: int, scale: Tensor) -> Tensor:
+        key = (tiles, header.numpy().tobytes())
         if key not in _normals:
-            _normals[key] = expand["gaussian"](words, torch.ones(()))
+            _normals[key] = expand["gaussian"](header, tiles, torch.ones(()))
         return _normals[key] * scale
 
-    noise.philox = philox  # type: ignore[assignment]
+    generator.philox = philox  # type: ignore[assignment]
     noise._EXPAND["gaussian"] = gaussian
     try:
         yield
     finally:
-        noise.philox = original
+        generator.philox = original
         noise._EXPAND.update(expand)
 
 

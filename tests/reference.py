@@ -193,16 +193,19 @@ def rademacher(seed: int, name: str, step: int, direction: int, element: int) ->
 
 
 def rounding_bits(seed: int, name: str, step: int, offset: int, numel: int) -> list[int]:
-    """16 bits for each element: stream 1, and in each 512 elements the 64 words of 16 blocks.
+    """16 bits for each element: stream 1; 8 blocks make 16 words of 64 bits for each 1024 elements.
 
-    They serve the first 64 elements as they are, the next 64 turned right by 4 bits, and so on.
+    First come the words of the blocks' first halves, then those of the second. Row k of 32 takes the
+    product of each word with the k-th power of a constant; an element pair takes 16 bits of each half.
     """
     bits = []
     for element in range(offset, offset + numel):
-        tile, place = divmod(element, 512)
-        turn, word = divmod(place, 64)
-        block = _rounding_block(seed, name, step, tile * 16 + word // 4)
-        bits.append((block[word % 4] >> 4 * turn | block[word % 4] << (32 - 4 * turn)) & 0xFFFF)
+        tile, place = divmod(element, 1024)
+        (row, word), upper = divmod(place // 2, 16), place % 2
+        block = _rounding_block(seed, name, step, tile * 8 + word % 8)
+        low, high = block[2:] if word >= 8 else block[:2]
+        product = (low | high << 32) * pow(0xD1342543DE82EF95, row + 1, 1 << 64) % (1 << 64)
+        bits.append((product >> 48 if upper else product >> 16) & 0xFFFF)
     return bits
 
 

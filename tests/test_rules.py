@@ -185,6 +185,26 @@ def test_chunks_and_spans_leave_no_trace(
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_compiled_and_eager_updates_leave_the_same_bits(rounding: str) -> None:
+    """One direction, a group of them, and more; long enough to be compiled, with ends inside tiles."""
+    size, start = 40_001, 13
+    results = []
+    for compile in (False, True):
+        noise = Noise("rademacher", 3, compile)
+        flat = torch.linspace(-1, 1, size).bfloat16()
+        span, writes = Span("w", flat[start:], start), Rounding16(rounding, noise)  # type: ignore[arg-type]
+        writes.begin([span])
+        param = Param("w", nn.Parameter(flat), torch.Size((size, 1)), ())
+        for step, directions in enumerate((1, 4, 6)):
+            terms = [(d, 0.3 - d) for d in range(directions)]
+            update_span(span, param, terms, SGD(0.01), writes, noise, step, 0.05)
+        results.append([flat, *writes.lost.values()])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(bits_of(eager), bits_of(compiled))
+
+
 def test_weight_decay_touches_matrices_alone() -> None:
     model = build("sequential")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -8,11 +8,12 @@ cache, applies the rule, rounds once and writes once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from zo_dist.kernels import compiled
 from zo_dist.noise import Noise
 from zo_dist.params import Param, Span
 
@@ -21,6 +22,9 @@ ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 # Elements per pass: the float32 accumulators of one chunk stay in cache over all directions.
 _CHUNK = 1 << 19
+
+# Below, calling what is compiled takes longer than the few operations that it replaces.
+_WORTH_COMPILING = 1 << 14
 
 
 class SGD:
@@ -35,12 +39,16 @@ class SGD:
             raise ValueError(f"weight_decay is {weight_decay}; it must be finite and at least 0")
         self.weight_decay = weight_decay
 
-    def apply(self, weight: Tensor, estimate: Tensor, lr: float, decays: bool) -> Tensor:
-        """The new float32 weights; `weight` and `estimate` are float32 and may be overwritten."""
-        if decays and self.weight_decay:
-            weight.mul_(1.0 - lr * self.weight_decay)
+    def decays(self, shape: torch.Size) -> bool:
+        """Does a parameter of this shape decay?"""
+        return self.weight_decay > 0 and len(shape) > 1
+
+    def apply(self, weight: Tensor, estimate: Tensor, lr: Tensor, decays: bool) -> Tensor:
+        """The new float32 weights. `lr` is a float64 scalar."""
+        if decays:
+            weight = weight * (1.0 - lr * self.weight_decay)
         # Two operations on purpose: one fused multiply-add would round differently by device.
-        return weight.sub_(estimate.mul_(lr))
+        return weight - estimate * lr
 
 
 Rule = SGD
@@ -60,28 +68,51 @@ class Rounding16:
             raise ValueError(f"rounding {mode!r} is not known; use one of {', '.join(ROUNDINGS)}")
         self.mode, self.noise = mode, noise
         self.lost: dict[str, Tensor] = {}
+        self._scratch: dict[torch.device, Tensor] = {}
 
     def begin(self, spans: Sequence[Span]) -> None:
         """Make the state there will be, from the start: zeros like each 16-bit span."""
         if self.mode == "kahan":
             self.lost = {s.name: torch.zeros_like(s.flat) for s in spans if s.flat.dtype != torch.float32}
 
-    def read(self, flat: Tensor, name: str, start: int) -> Tensor:
-        """float32 copy of the exact weights of one chunk that begins `start` into the span."""
-        exact = flat.to(torch.float32, copy=True)
-        if name in self.lost:
-            exact += self.lost[name][start : start + flat.numel()].to(torch.float32)
-        return exact
+    def scratch(self, flat: Tensor) -> Tensor:
+        """float32, as long as the chunk `flat`, with anything in it; the same memory every time."""
+        if flat.device not in self._scratch:
+            self._scratch[flat.device] = torch.empty(_CHUNK, dtype=torch.float32, device=flat.device)
+        return self._scratch[flat.device][: flat.numel()]
 
-    def write(self, flat: Tensor, exact: Tensor, name: str, step: int, offset: int, start: int) -> None:
-        """Round `exact` into `flat`, whose first element is number `offset + start` of `name`."""
-        if flat.dtype == torch.float32 or self.mode == "nearest":
-            flat.copy_(exact)
-        elif self.mode == "kahan":
-            flat.copy_(exact)
-            self.lost[name][start : start + flat.numel()] = (exact - flat.to(torch.float32)).to(flat.dtype)
-        else:
-            self.noise.round(flat, exact, name, step, offset + start)
+    def lost_of(self, name: str, start: int, numel: int) -> Tensor | None:
+        """What was lost of the chunk that begins `start` into the span; None where nothing is kept."""
+        return self.lost[name][start : start + numel] if name in self.lost else None
+
+    def write(
+        self, flat: Tensor, exact: Tensor, lost: Tensor | None, name: str, step: int, offset: int
+    ) -> None:
+        """Round float32 `exact`, which is overwritten, into `flat`: elements `offset ...` of `name`."""
+        if self.mode == "stochastic" and flat.dtype != torch.float32:
+            self.noise.round(flat, exact, name, step, offset)
+            return
+        flat.copy_(exact)
+        if lost is not None:
+            lost.copy_(exact.sub_(flat))
+
+
+def _new_weights(
+    estimate: Tensor, flat: Tensor, lost: Tensor, lr: Tensor, rule: Rule, decays: bool
+) -> Tensor:
+    """The float32 weights that a rule makes of 16- or 32-bit ones, before they are rounded."""
+    return rule.apply(flat.to(torch.float32) + lost.to(torch.float32), estimate, lr, decays)
+
+
+def _new_whole_weights(estimate: Tensor, flat: Tensor, lr: Tensor, rule: Rule, decays: bool) -> Tensor:
+    """The same where nothing was lost before."""
+    return rule.apply(flat.to(torch.float32), estimate, lr, decays)
+
+
+def _apply(out: Tensor, *arguments: Any) -> None:
+    """`out` comes as the estimate, and leaves as `function` of it."""
+    *inputs, function, options = arguments
+    out.copy_(function(out, *inputs, *options))
 
 
 def update_span(
@@ -99,11 +130,20 @@ def update_span(
     `terms` are `(direction, coefficient)`, the coefficients already weighted and averaged; they are
     added up in float32 in the order given, so the result does not depend on how weights are cut.
     """
+    rate = torch.tensor(lr, dtype=torch.float64, device=span.flat.device)
+    options = (rate, rule, rule.decays(param.shape))
     for start in range(0, span.flat.numel(), _CHUNK):
         flat = span.flat[start : start + _CHUNK]
-        estimate = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
-        for direction, coef in terms:
-            noise.accumulate(estimate, span.name, step, direction, span.offset + start, coef)
-        exact = rounding.read(flat, span.name, start)
-        exact = rule.apply(exact, estimate, lr, decays=len(param.shape) > 1)
-        rounding.write(flat, exact, span.name, step, span.offset, start)
+        offset = span.offset + start
+        exact = rounding.scratch(flat)
+        lost = rounding.lost_of(span.name, start, flat.numel())
+        function = _new_whole_weights if lost is None else _new_weights
+        inputs = (flat,) if lost is None else (flat, lost)
+        if len(terms) == 1:
+            noise.combine(exact, inputs, span.name, step, terms[0], offset, function, *options)
+        else:
+            noise.accumulate(exact.zero_(), span.name, step, terms, offset)
+            fused = noise.compile and flat.numel() >= _WORTH_COMPILING
+            apply = compiled(_apply, 1 + len(inputs)) if fused else _apply
+            apply(exact, *(t.data for t in inputs), function, options)
+        rounding.write(flat, exact, lost, span.name, step, offset)

@@ -1,0 +1,230 @@
+"""The processes of `benchmarks.step`: all methods in turn on one model, engine and batch.
+
+Started by torchrun with one JSON argument (`Setting`); rank 0 writes one JSON line per method.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import memory, subjects
+from benchmarks.published import PublishedMeZO
+from benchmarks.traffic import Counted, split
+from zo_dist import AdaLeZO, Dense, Uniform, ZeroOrder
+from zo_dist.engines import initialize_process_group, leave_process_group, read_ds_config, select
+from zo_dist.engines.build import shard_with_fsdp2, zero3_engine
+from zo_dist.noise import Noise
+from zo_dist.params import evaluating
+from zo_dist.samplers import Sampler
+from zo_dist.tasks import choice_loss
+
+SAMPLERS: dict[str, Callable[[], Sampler]] = {
+    "mezo": Dense,
+    "lezo": lambda: Uniform(sparsity=0.75),
+    "adalezo": lambda: AdaLeZO(ratio=0.2),
+}
+EPS, LR = 1e-3, 1e-7
+# MeZO as published costs what ten other methods cost, and hardly varies.
+PUBLISHED_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model on one engine. `cases`: `method` or `method:directions`; `out`: the JSON lines."""
+
+    model: str
+    engine: str
+    rows: int
+    length: int
+    rounds: int
+    dtype: str
+    cases: list[str]
+    noise: str
+    out: str
+
+
+@dataclass
+class Subject:
+    """One method, and what was measured of it."""
+
+    method: str
+    directions: int
+    run: Callable[[], object]
+    optimizer: ZeroOrder | None = None
+    published: PublishedMeZO | None = None
+
+
+def main() -> None:
+    setting = Setting(**json.loads(sys.argv[1]))
+    device = initialize_process_group()
+    dtype = getattr(torch, setting.dtype)
+    # Compilers are loaded and kernels made before the model, so that they do not count as its memory.
+    noise = Noise(setting.noise, compile=True)  # type: ignore[arg-type]
+    noise.warm_up({(dtype, device)})
+    memory.settled()
+    before = memory.resident_bytes() if device.type == "cpu" else 0
+    module = subjects.build(setting.model, dtype).to(device)
+    num_params = sum(p.numel() for p in module.parameters())
+    vocabulary = module.config.vocab_size
+    model = shard(module, setting, device)
+    engine = select(model)
+    share = setting.rows // engine.num_ranks
+    batch = subjects.rows(share, setting.length, vocabulary, engine.rank, device)
+    stacked = {key: torch.cat([value, value]) for key, value in batch.items()}
+
+    def forward(rows: dict[str, torch.Tensor]) -> float:
+        with torch.no_grad(), evaluating(engine.module):
+            loss = float(choice_loss(engine.module, rows).sum())
+        engine.publish()
+        return loss
+
+    subjects_ = [make(case, setting, model, forward, batch, stacked) for case in setting.cases]
+    for subject in subjects_:
+        subject.run()
+    seconds: dict[int, list[float]] = {i: [] for i in range(len(subjects_))}
+    parts: dict[int, list[tuple[float, float]]] = {i: [] for i in range(len(subjects_))}
+    for round_ in range(setting.rounds):
+        for i, subject in enumerate(subjects_):
+            if subject.published and round_ >= PUBLISHED_ROUNDS:
+                continue
+            with timed_parts(subject) as part:
+                start = time.perf_counter()
+                subject.run()
+                seconds[i].append(time.perf_counter() - start)
+            parts[i].append((part["perturb"], part["update"]))
+    inference = memory.peak_bytes(lambda: forward(stacked), device) - before
+    plain = statistics.mean(seconds[[s.method for s in subjects_].index("forward")])
+    lines = []
+    for i, subject in enumerate(subjects_):
+        with Counted() as counted:
+            subject.run()
+        weights, others = split(counted.calls, torch.empty((), dtype=dtype).element_size(), engine.num_ranks)
+        peak = max(memory.peak_bytes(subject.run, device) for _ in range(3)) - before
+        mean = statistics.mean(seconds[i])
+        perturb, update = (statistics.mean(p[j] for p in parts[i]) for j in (0, 1))
+        lines.append(
+            {
+                "method": subject.method,
+                "engine": setting.engine,
+                "directions": subject.directions,
+                "ranks": engine.num_ranks,
+                "model": setting.model,
+                "params": num_params,
+                "rows": setting.rows,
+                "length": setting.length,
+                "dtype": setting.dtype,
+                "noise": setting.noise,
+                "rounds": len(seconds[i]),
+                "seconds": mean,
+                "forwards_per_step": mean / plain,
+                "perturb_s": perturb,
+                "forward_s": mean - perturb - update,
+                "update_s": update,
+                "peak_bytes": peak,
+                "inference_peak_bytes": inference,
+                "gathers_per_weight": sum(c[1] for c in weights) / num_params,
+                "scalar_bytes": sum(c[2] for c in others),
+            }
+        )
+    if engine.rank == 0:
+        with Path(setting.out).open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)
+    leave_process_group()
+
+
+def shard(module: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
+    if setting.engine == "replicated":
+        return module
+    if setting.engine == "fsdp2":
+        return shard_with_fsdp2(module, device)
+    config = json.loads((Path(__file__).parent.parent / "configs" / "ds_zero3.json").read_text())
+    width = module.config.hidden_size
+    ranks = torch.distributed.get_world_size()
+    ds = read_ds_config(
+        config,
+        hidden_size=width,
+        micro_batch=setting.rows // ranks,
+        num_ranks=ranks,
+        dtype=getattr(torch, setting.dtype),
+    )
+    return zero3_engine(module, ds)
+
+
+def make(
+    case: str,
+    setting: Setting,
+    model: nn.Module,
+    forward: Callable[[dict[str, torch.Tensor]], float],
+    batch: dict[str, torch.Tensor],
+    stacked: dict[str, torch.Tensor],
+) -> Subject:
+    method, _, count = case.partition(":")
+    directions = int(count or 1)
+    if method == "forward":
+        return Subject(method, 0, lambda: forward(batch))
+    if method == "two_forwards":
+        return Subject(method, 0, lambda: (forward(batch), forward(batch)))
+    if method == "stacked_forward":
+        return Subject(method, 0, lambda: forward(stacked))
+    if method == "mezo_published":
+        published = PublishedMeZO(model, LR, EPS)
+        return Subject(
+            method, 1, lambda: published.step(lambda: forward(batch) / setting.rows), published=published
+        )
+    optimizer = ZeroOrder(
+        model,
+        lr=LR,
+        eps=EPS,
+        sampler=SAMPLERS[method](),
+        directions=directions,
+        noise=setting.noise,  # type: ignore[arg-type]
+        self_check=False,
+        compile=True,
+    )
+    return Subject(method, directions, lambda: optimizer.step_batch(batch, choice_loss), optimizer=optimizer)
+
+
+@contextmanager
+def timed_parts(subject: Subject) -> Iterator[dict[str, float]]:
+    """Inside, the seconds that a step spends on shifting weights and on the update are added up."""
+    part = {"perturb": 0.0, "update": 0.0}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if torch.accelerator.is_available():
+                    torch.accelerator.synchronize()
+                part[name] += time.perf_counter() - start
+
+        return run
+
+    optimizer = subject.optimizer
+    if optimizer is None:
+        yield part
+        if subject.published:
+            part.update({key: subject.published.seconds[key] for key in part})
+        return
+    optimizer.noise.shift = timed("perturb", optimizer.noise.shift)  # type: ignore[method-assign]
+    optimizer._write = timed("update", optimizer._write)  # type: ignore[method-assign]
+    try:
+        yield part
+    finally:
+        del optimizer.noise.shift, optimizer._write
+
+
+if __name__ == "__main__":
+    main()

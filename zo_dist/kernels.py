@@ -1,0 +1,116 @@
+"""How a kernel runs over flat tensors: cut at the tiles it works in, eagerly or compiled.
+
+A kernel computes whole tiles: a number of elements that belong to a number of Philox blocks. Which
+element has which random bits follows from its number alone, so spans may begin and end anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements per pass of the eager form: the temporaries of one chunk stay in a core's cache.
+EAGER_CHUNK = 1 << 20
+
+# Up to so many elements, one call on copies padded to whole tiles is cheaper than one for the tiles
+# and one for each end.
+_SMALL = 1 << 14
+
+_WIDER = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32: torch.int64}
+
+
+class Kernel(NamedTuple):
+    """`function(*tensors, *arguments)` writes its first tensor; tensors come as `[tiles, *shape]`.
+
+    `shape`: (rows, columns) of a tile, laid out so that compiled inner loops run along the columns.
+    `blocks`: Philox calls behind a tile. `pairs`: the function takes two neighbouring elements as one
+    integer of twice their width (the first in the lower half), and `shape` counts these.
+    """
+
+    function: Callable[..., None]
+    shape: tuple[int, int]
+    blocks: int
+    pairs: bool = False
+
+    @property
+    def unit(self) -> int:
+        """Elements per tile."""
+        return math.prod(self.shape) * (2 if self.pairs else 1)
+
+    def tiles(self, flat: Tensor) -> Tensor:
+        """`[tiles, *shape]` on the memory of `flat`, which holds whole tiles."""
+        if self.pairs:
+            flat = flat.view(_WIDER[flat.dtype])
+        # .data: a view of a parameter would have the compiler guard on the parameter's shape.
+        return flat.data.view(-1, *self.shape).data
+
+
+def run(
+    kernel: Kernel,
+    tensors: tuple[Tensor, ...],
+    offset: int,
+    arguments: Callable[[int], tuple[object, ...]],
+    *,
+    fused: bool,
+) -> None:
+    """Run `kernel` over flat tensors of equal length, element 0 of which is number `offset`.
+
+    `arguments(block)`: what the function takes besides the tensors, for tiles from that block on.
+    """
+    numel, unit = tensors[0].numel(), kernel.unit
+    chunk = numel if fused else EAGER_CHUNK
+    call = compiled(kernel.function, len(tensors)) if fused else kernel.function
+    # The compiler takes a size of 1 for a constant.
+    least = 2 if fused else 1
+    start = 0
+    while start < numel:
+        lead = (offset + start) % unit
+        block = (offset + start) // unit * kernel.blocks
+        whole = min(numel - start, chunk) // unit * unit
+        if numel > _SMALL or numel % unit == 0:
+            pieces = [t[start : start + whole] for t in tensors]
+            if lead == 0 and whole >= least * unit and all(_fits(kernel, p) for p in pieces):
+                call(*(kernel.tiles(p) for p in pieces), *arguments(block))
+                start += whole
+                continue
+        # Whole tiles are computed on padded copies, and what is asked is kept.
+        size = min(numel - start, _SMALL - lead)
+        if lead and numel > _SMALL:
+            size = min(size, unit - lead)
+        tiles = max(-(-(lead + size) // unit), least)
+        padded = [t.new_zeros(tiles * unit) for t in tensors]
+        for pad, t in zip(padded, tensors, strict=True):
+            pad[lead : lead + size] = t[start : start + size]
+        call(*(kernel.tiles(pad) for pad in padded), *arguments(block))
+        tensors[0][start : start + size] = padded[0][lead : lead + size]
+        start += size
+
+
+def _fits(kernel: Kernel, piece: Tensor) -> bool:
+    """Can pairs be taken where the memory of `piece` begins?"""
+    return not kernel.pairs or piece.storage_offset() % 2 == 0
+
+
+@cache
+def compiled(function: Callable[..., None], num_tensors: int) -> Callable[..., None]:
+    """`function` with its loops fused, compiled once per dtype and option.
+
+    The length along dim 0 of the first `num_tensors` arguments is all that varies from call to call.
+    """
+    fused = torch.compile(function, fullgraph=True)
+
+    def call(*args: Any) -> None:
+        for arg in args[:num_tensors]:
+            if isinstance(arg, Tensor):
+                torch._dynamo.mark_dynamic(arg, 0)
+        for arg in args[num_tensors:]:
+            if isinstance(arg, Tensor):
+                torch._dynamo.mark_static(arg)
+        fused(*args)
+
+    return call
