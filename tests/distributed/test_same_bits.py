@@ -25,6 +25,7 @@ SHARES: dict[int, list[list[tuple[int, int]]]] = {
     1: [[(0, 4), (4, 11)]],
     2: [[(0, 7)], [(7, 9), (9, 11)]],
     3: [[(0, 5)], [(5, 5)], [(5, 8), (8, 11)]],
+    4: [[(0, 3)], [(3, 4), (4, 6)], [(6, 6)], [(6, 11)]],
 }
 SEQUENTIAL_ARMS = (
     ("0.weight", "0.bias"),
@@ -222,7 +223,7 @@ GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0}
 
 @pytest.mark.parametrize(
     ("engine", "num_ranks"),
-    [*PLACES, *((engine, 2) for engine in ("hsdp_2x1", "fsdp2_offload", "zero3_init", "zero2"))],
+    [*PLACES, *((engine, 2) for engine in ("fsdp2_offload", "zero3_init", "zero2")), ("hsdp_2x2", 4)],
 )
 @pytest.mark.parametrize(
     ("sampler", "directions", "mode"),
