@@ -77,8 +77,9 @@ def with_weights_of_its_own(engine: str) -> None:
     table.optimizer(wrap(engine, build("sequential", seed=rank())))
 
 
-def test_starting_weights_that_differ_between_ranks(pool: PoolOf) -> None:
-    for error in pool(3).errors(with_weights_of_its_own, "replicated"):
+@pytest.mark.parametrize(("engine", "num_ranks"), [("replicated", 3), ("hsdp_2x2", 4)])
+def test_starting_weights_that_differ_between_replicas(pool: PoolOf, engine: str, num_ranks: int) -> None:
+    for error in pool(num_ranks).errors(with_weights_of_its_own, engine):
         assert "ValueError: ranks disagree on the starting weights: 0.weight" in error
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from zo_dist.engines.base import Engine
-from zo_dist.params import Param, Span
+from zo_dist.engines.base import Engine, fingerprint
+from zo_dist.params import Param, Span, canonical_name
 
 
 class FSDP2Engine(Engine):
@@ -20,7 +20,8 @@ class FSDP2Engine(Engine):
     A group that stays unsharded after a forward (FSDP2 leaves the root so by default) would not see
     a write, so `spans` and `publish` reshard first. Mixed precision and CPU offload work as they are:
     the gather reads, casts and copies what was written. Raises ValueError for placements other than
-    `Shard(0)` and `Replicate`, and for parameters that no group manages.
+    `Shard(0)` and `Replicate`, for parameters that no group manages, and, on every rank, for HSDP
+    replicas that do not start with equal weights.
     """
 
     name = "fsdp2"
@@ -36,6 +37,7 @@ class FSDP2Engine(Engine):
         self._has_run = False
         module.register_forward_pre_hook(self._note_run)
         self._reshard()
+        shards: dict[str, DTensor] = {}
         for name, param in module.named_parameters():
             if not isinstance(param, DTensor):
                 raise ValueError(f"parameter {name} is not sharded; do not pass it in ignored_params")
@@ -44,8 +46,8 @@ class FSDP2Engine(Engine):
                     f"parameter {name} is placed {param.placements}; only Shard(0) and Replicate "
                     "(fully_shard's default, 1-D or HSDP mesh) can be trained"
                 )
-        first = next(module.parameters())
-        assert isinstance(first, DTensor)
+            shards[canonical_name(name)] = param
+        first = next(iter(shards.values()))
         mesh = first.device_mesh
         device = torch.device(mesh.device_type)
         if device.type != "cpu":
@@ -56,6 +58,10 @@ class FSDP2Engine(Engine):
                 f"the model is sharded over {mesh.size()} of {self.num_ranks} processes; every "
                 "process must be on the mesh (use a 2-D HSDP mesh for replicas)"
             )
+        replicas = _ranks_of_same_shard(first)
+        if len(replicas) > 1:
+            prints = {name: fingerprint(param.to_local()) for name, param in shards.items()}
+            self.require_equal("the starting weights", prints, among=replicas)
 
     def _note_run(self, module: nn.Module, args: object) -> None:
         self._has_run = True
@@ -93,6 +99,14 @@ def _sharded(param: Param) -> DTensor:
     sharded = owner.holder._parameters[owner.attribute]
     assert isinstance(sharded, DTensor)
     return sharded
+
+
+def _ranks_of_same_shard(param: DTensor) -> list[int]:
+    """The ranks whose shards are copies of this rank's, itself among them: one per HSDP replica."""
+    mesh, coordinate = param.device_mesh, param.device_mesh.get_coordinate()
+    assert coordinate is not None
+    axes = zip(param.placements, coordinate, strict=True)
+    return mesh.mesh[tuple(slice(None) if p == Replicate() else c for p, c in axes)].flatten().tolist()
 
 
 def _first_row(param: DTensor) -> int:
