@@ -180,6 +180,19 @@ def test_models_that_cannot_be_trained(pool: PoolOf, case: str, message: str) ->
         assert message in error
 
 
+def with_shards_on(shard_ranks: int) -> None:
+    from zo_dist.engines.build import fsdp2_mesh
+
+    fsdp2_mesh(torch.device("cpu"), shard_ranks)
+
+
+@pytest.mark.parametrize("shard_ranks", [3, 8])
+def test_replicas_of_unequal_size(pool: PoolOf, shard_ranks: int) -> None:
+    for error in pool(4).errors(with_shards_on, shard_ranks):
+        assert f"ValueError: engine.shard_ranks is {shard_ranks}; it must divide" in error
+        assert "1, 2, 4, or null" in error
+
+
 # No errors
 
 
