@@ -229,7 +229,10 @@ class ZeroOrder(torch.optim.Optimizer):
         if self._prepared:
             return
         self._prepared = True
-        self.noise.warm_up({(p.param.dtype, self.engine.device) for p in self.params})
+        # A weight is shifted where the model computes, and written where its span is.
+        kinds = {(p.param.dtype, self.engine.device) for p in self.params}
+        spans = self.engine.spans(self.params)
+        self.noise.warm_up(kinds | {(span.flat.dtype, span.flat.device) for span in spans})
         if self.self_check:
             with evaluating(self.engine.module):
                 check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, evaluate)

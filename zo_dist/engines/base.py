@@ -129,6 +129,15 @@ class Engine:
         self.together(error)
 
 
+def await_each_forward(module: nn.Module) -> None:
+    """Make a forward of `module` return only when the device is done: for weights kept on the CPU.
+
+    They are copied to the device asynchronously from pinned memory. A write must not overtake the
+    copies of a forward whose loss this rank does not read, as when none of its rows counted.
+    """
+    module.register_forward_hook(lambda *_: torch.accelerator.synchronize())
+
+
 def fingerprint(weight: Tensor) -> int:
     """The wrapped sum of the bits of each element times its position: any order or bit shows."""
     bits = weight.detach().reshape(-1).view(torch.uint8).view(-1, weight.element_size())

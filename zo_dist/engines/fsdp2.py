@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from zo_dist.engines.base import Engine, fingerprint
+from zo_dist.engines.base import Engine, await_each_forward, fingerprint
 from zo_dist.params import Param, Span, canonical_name
 
 
@@ -18,8 +18,9 @@ class FSDP2Engine(Engine):
     """Row-sharded DTensors. A forward gathers each group once; a write goes to the local rows.
 
     A group that stays unsharded after a forward (FSDP2 leaves the root so by default) would not see
-    a write, so `spans` and `publish` reshard first. Mixed precision and CPU offload work as they are:
-    the gather reads, casts and copies what was written. Raises ValueError for placements other than
+    a write, so `spans` and `publish` reshard first. Under mixed precision and CPU offload the gather
+    reads, casts and copies what was written; offloaded shards are written on the CPU. (Offload to
+    the CPU from a GPU has not been run.) Raises ValueError for placements other than
     `Shard(0)` and `Replicate`, for parameters that no group manages, and, on every rank, for HSDP
     replicas that do not start with equal weights.
     """
@@ -58,6 +59,8 @@ class FSDP2Engine(Engine):
                 f"the model is sharded over {mesh.size()} of {self.num_ranks} processes; every "
                 "process must be on the mesh (use a 2-D HSDP mesh for replicas)"
             )
+        if first.to_local().device.type != device.type:
+            await_each_forward(module)
         replicas = _ranks_of_same_shard(first)
         if len(replicas) > 1:
             prints = {name: fingerprint(param.to_local()) for name, param in shards.items()}
@@ -90,7 +93,10 @@ class FSDP2Engine(Engine):
     @contextmanager
     def whole(self, param: Param) -> Iterator[Tensor]:
         self._reshard()
-        yield _sharded(param).full_tensor().detach()
+        # An offloaded shard has to be where the process group, maybe NCCL alone, takes it.
+        sharded = _sharded(param).to(self.device)
+        assert isinstance(sharded, DTensor)
+        yield sharded.full_tensor().detach()
 
 
 def _sharded(param: Param) -> DTensor:
