@@ -90,7 +90,20 @@ def test_written_out_config_reads_back_equal(path: Path, tmp_path: Path) -> None
         ("train.final_fraction=2", ["train.final_fraction", "[0, 1]"]),
         ("engine.kind=fsdp", ["auto, replicated, fsdp2, deepspeed"]),
         ("engine.kind=deepspeed", ["engine.deepspeed is null", "ds_config.json"]),
-        ("engine.shard_ranks=2", ["engine.shard_ranks", "fsdp2"]),
+        ("engine.shard_ranks=2", ["engine.shard_ranks is 2", "kind is auto", "kind to fsdp2", "to null"]),
+        ("engine={kind: fsdp2, shard_ranks: 0}", ["engine.shard_ranks is 0", "at least 1"]),
+        (
+            "engine={kind: fsdp2, compute_dtype: bf16}",
+            ["engine.compute_dtype is 'bf16'", "bfloat16, float16"],
+        ),
+        (
+            "engine={kind: replicated, compute_dtype: bfloat16}",
+            ["engine.compute_dtype is bfloat16", "kind is replicated", "kind to fsdp2", "model.dtype"],
+        ),
+        (
+            "engine={kind: deepspeed, deepspeed: ds.json, offload_to_cpu: true}",
+            ["engine.offload_to_cpu is True", "kind is deepspeed", "to false", "offload_param.device is cpu"],
+        ),
         ("model.dtype=bf16", ["model.dtype", "'bf16'", "bfloat16, float16, float32"]),
         ("model=opt", ["model is 'opt'"]),
         ("train.steps", ["not of the form section.key=value"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import pytest
 import torch
 from tiny_run import environment, launch, result_of, tiny_config, write_config, write_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from workers import Pool
 
 from zo_dist.batches import StepBatches
 from zo_dist.cli import main
 from zo_dist.config import Config, load_config
+from zo_dist.engines import Engine
 from zo_dist.settings import build
 from zo_dist.tasks import EncodedRow
+from zo_dist.train import prepare, run_training
 
 ZERO3 = str(Path(__file__).parent.parent / "configs" / "ds_zero3.json")
 
@@ -121,6 +125,47 @@ def test_two_ranks_train_the_same_run(
     two = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "last").state_dict()
     for key, weight in one.items():
         torch.testing.assert_close(two[key], weight, rtol=1e-4, atol=1e-5)
+
+
+def train_on_rank(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """How the model that a config asks for is sharded, and the result of training it."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    ranks = Engine(torch.nn.Identity(), torch.device("cpu"))
+    config = load_config(path, overrides)
+    model: Any = prepare(config, ranks).model
+    groups = [model, *model.model.layers]
+    # On CPU ranks offloading changes nothing that can be seen from outside FSDP2.
+    policies = [group._get_fsdp_state()._fsdp_param_group.offload_policy for group in groups]
+    result = run_training(config, ranks)
+    return {
+        "placements": {f"{p.placements} on {p.device_mesh.mesh.tolist()}" for p in model.parameters()},
+        "offloaded": all(isinstance(policy, CPUOffloadPolicy) for policy in policies),
+        "result": {key: value for key, value in result.items() if key != "seconds"},
+    }
+
+
+def test_sharding_keys_reach_the_model(
+    one_process: tuple[Path, dict[str, Any]], pool: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    """HSDP, offload and a compute dtype in one run, from the config to the saved weights."""
+    folder, expected = one_process
+    overrides = ["engine.kind=fsdp2", "engine.shard_ranks=2", "engine.offload_to_cpu=true"]
+    overrides += ["engine.compute_dtype=bfloat16", f"train.output={tmp_path / 'run'}"]
+    results = pool(4).run(train_on_rank, folder / "config.yaml", overrides)
+    for got in results:
+        assert got == results[0]
+        assert got["placements"] == {"(Replicate(), Shard(dim=0)) on [[0, 1], [2, 3]]"}
+        assert got["offloaded"]
+    # bfloat16 in the forward, float32 in the weights that were stored, written and saved.
+    loss = results[0]["result"]["loss_before"]
+    assert loss != pytest.approx(expected["loss_before"], rel=1e-6)
+    assert loss == pytest.approx(expected["loss_before"], rel=1e-2)
+    before = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "last").state_dict()
+    for key, weight in after.items():
+        assert not torch.equal(weight, before[key])
+        assert not torch.equal(weight, weight.bfloat16().float())
 
 
 def test_more_ranks_than_rows_and_uneven_micro_batches(tmp_path: Path) -> None:

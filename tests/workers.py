@@ -1,6 +1,6 @@
 """Rank processes that live through a whole pytest session, and the models and engines tests use.
 
-A test sends a module-level function and its arguments to every rank of a pool of 1, 2 or 3 processes
+A test sends a module-level function and its arguments to every rank of a pool of 1 to 4 processes
 (gloo) and gets each rank's result back. The processes are forked from one server that has imported
 torch, transformers and DeepSpeed once. A call that does not come back in time, or after which the
 ranks are out of step, costs the pool its life and the test its success.
@@ -240,6 +240,7 @@ ENGINES = (
     "fsdp2",
     "hsdp_2x1",
     "hsdp_1x2",
+    "hsdp_2x2",
     "fsdp2_mixed",
     "fsdp2_offload",
     "zero3",

@@ -21,6 +21,16 @@ from zo_dist.settings import apply_overrides, build, read_yaml
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
+# Keys of EngineConfig for fsdp2 alone: the value that means "not given", and what other kinds have instead.
+_FSDP2_KEYS: dict[str, tuple[object, str]] = {
+    "shard_ranks": (None, "deepspeed shards over all ranks, replicated not at all"),
+    "offload_to_cpu": (
+        False,
+        "deepspeed: zero_optimization.offload_param.device is cpu in the ds_config.json, at stage 3",
+    ),
+    "compute_dtype": (None, "deepspeed and replicated compute in model.dtype"),
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -38,8 +48,7 @@ class ModelConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return _torch_dtype(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,13 +82,20 @@ class EngineConfig:
     """Who holds the weights.
 
     `auto`: deepspeed if `deepspeed` names a ds_config.json, else fsdp2 on several processes, else
-    replicated. `shard_ranks`: fsdp2 shards over groups of this many consecutive ranks and
-    replicates between the groups (HSDP); null shards over all.
+    replicated. The other keys are for `kind: fsdp2` alone, and an error where it is another.
+    `shard_ranks`: shard over groups of this many consecutive ranks and replicate between the groups
+    (HSDP), so that weights are gathered inside a group; null shards over all. `offload_to_cpu`: keep
+    the shards in CPU memory, write them there, and copy each to the device when it is gathered;
+    ranks that compute on the CPU have them there anyway. `compute_dtype`: what weights are gathered,
+    shifted and multiplied in (`MixedPrecisionPolicy`), while they are stored, updated and saved in
+    `model.dtype`; null computes in `model.dtype`.
     """
 
     kind: Literal["auto", "replicated", "fsdp2", "deepspeed"] = "auto"
     deepspeed: str | None = None
     shard_ranks: int | None = None
+    offload_to_cpu: bool = False
+    compute_dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         if self.kind == "deepspeed" and self.deepspeed is None:
@@ -91,8 +107,18 @@ class EngineConfig:
             )
         if self.shard_ranks is not None:
             _at_least(self, 1, "shard_ranks")
-            if self.kind != "fsdp2":
-                raise ValueError(f"shard_ranks is for kind: fsdp2, but kind is {self.kind}; set it to null")
+        for key, (unset, instead) in _FSDP2_KEYS.items():
+            value = getattr(self, key)
+            if value != unset and self.kind != "fsdp2":
+                off = "null" if unset is None else "false"
+                raise ValueError(
+                    f"{key} is {value}, but kind is {self.kind}, and only fsdp2 heeds it: set kind to "
+                    f"fsdp2, or {key} to {off} ({instead})"
+                )
+
+    @property
+    def torch_compute_dtype(self) -> torch.dtype | None:
+        return None if self.compute_dtype is None else _torch_dtype(self.compute_dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,6 +290,11 @@ def _flatten(settings: dict[str, Any], prefix: str) -> dict[str, object]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _torch_dtype(name: Dtype) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _at_least(config: object, least: int, *names: str) -> None:

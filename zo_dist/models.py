@@ -13,7 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from zo_dist.config import Config, ModelConfig
 from zo_dist.engines import DsConfig, read_ds_config
-from zo_dist.engines.build import require_process_group, shard_with_fsdp2, zero3_engine, zero3_loading
+from zo_dist.engines.build import (
+    fsdp2_mesh,
+    require_process_group,
+    shard_with_fsdp2,
+    zero3_engine,
+    zero3_loading,
+)
 from zo_dist.params import canonical_name
 from zo_dist.tasks import resolve_model
 
@@ -54,6 +60,18 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
     partitions each weight as it is read.
     """
     kind = choose_engine(config, num_ranks)
+    if kind == "fsdp2":
+        require_process_group(kind)
+        # Before the weights are read, which takes long: a mesh that cannot be is an error.
+        mesh = fsdp2_mesh(device, config.engine.shard_ranks)
+        if config.engine.offload_to_cpu and device.type == "cpu" and rank == 0:
+            log.info("engine.offload_to_cpu changes nothing here: the ranks compute on the CPU")
+        return shard_with_fsdp2(
+            _trainable(config.model),
+            mesh,
+            offload_to_cpu=config.engine.offload_to_cpu,
+            compute_dtype=config.engine.torch_compute_dtype,
+        )
     if kind == "deepspeed":
         assert config.engine.deepspeed is not None
         ds = _read_ds_config(config, hf_config, num_ranks)
@@ -62,16 +80,8 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
         if ds.stage == 3:
             require_process_group(kind)
             with zero3_loading(ds):
-                module = _from_pretrained(config.model)
-                _freeze(module, config.model.parameters)
-                return zero3_engine(module, ds)
-    elif kind == "fsdp2":
-        require_process_group(kind)
-    module = _from_pretrained(config.model)
-    _freeze(module, config.model.parameters)
-    if kind == "fsdp2":
-        return shard_with_fsdp2(module, device, config.engine.shard_ranks)
-    return module.to(device)
+                return zero3_engine(_trainable(config.model), ds)
+    return _trainable(config.model).to(device)
 
 
 def _read_ds_config(config: Config, hf_config: Any, num_ranks: int) -> DsConfig:
@@ -88,7 +98,8 @@ def _read_ds_config(config: Config, hf_config: Any, num_ranks: int) -> DsConfig:
     )
 
 
-def _from_pretrained(config: ModelConfig) -> nn.Module:
+def _trainable(config: ModelConfig) -> nn.Module:
+    """The model in memory, in eval mode, frozen where it is not trained."""
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             str(resolve_model(config.source)),
@@ -98,6 +109,7 @@ def _from_pretrained(config: ModelConfig) -> nn.Module:
         )
     except OSError as error:
         raise ValueError(f"model.source: cannot load {config.source!r}: {error}") from error
+    _freeze(model, config.parameters)
     return model.eval()
 
 

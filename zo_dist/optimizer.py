@@ -229,7 +229,9 @@ class ZeroOrder(torch.optim.Optimizer):
         if self._prepared:
             return
         self._prepared = True
+        # A weight is shifted where the model computes, and written where its span is.
         kinds = {(p.param.dtype, self.engine.device) for p in self.params}
+        kinds |= {(span.flat.dtype, span.flat.device) for span in self.engine.spans(self.params)}
         self.noise.warm_up(kinds, self._use_each_kernel)
         if self.self_check:
             with evaluating(self.engine.module):

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from workers import Pool, needs_deepspeed, wrap
 
-# One collective: its operator, the elements it makes here, and the bytes this rank puts in.
-Call = tuple[str, int, int]
+# One collective: its operator, the elements it makes here, the bytes this rank puts in, and their dtype.
+Call = tuple[str, int, int, torch.dtype | None]
 
 
 class Counted(TorchDispatchMode):
@@ -32,7 +32,8 @@ class Counted(TorchDispatchMode):
             made, put = (filled[0], filled[-1]) if filled else ([], [])
             name = func._schema.name.split("::")[1]
             elements = sum(t.numel() for t in made)
-            self.calls.append((name, elements, sum(t.numel() * t.element_size() for t in put)))
+            dtype = put[0].dtype if put else None
+            self.calls.append((name, elements, sum(t.numel() * t.element_size() for t in put), dtype))
         return func(*args, **(kwargs or {}))
 
 
@@ -52,27 +53,30 @@ def one_step(engine: str, kind: str, directions: int, mode: str) -> dict[str, An
 def padded(engine: str, shape: tuple[int, ...], ranks: int) -> int:
     """Elements of one gather: FSDP2 pads rows, ZeRO-3 elements, to a multiple of the ranks."""
     numel = torch.Size(shape).numel()
-    if engine == "fsdp2":
+    if engine != "zero3":
         rows = -(-shape[0] // ranks) * ranks
         return rows * (numel // shape[0])
     return -(-numel // ranks) * ranks
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+@pytest.mark.parametrize(
+    ("engine", "num_ranks"), [("fsdp2", 2), ("hsdp_2x2", 4), pytest.param("zero3", 2, marks=needs_deepspeed)]
+)
 @pytest.mark.parametrize("directions", [1, 4])
 @pytest.mark.parametrize("kind", ["llama", "sequential"])
 def test_a_stacked_step_gathers_each_weight_once(
-    pool: Callable[[int], Pool], engine: str, directions: int, kind: str
+    pool: Callable[[int], Pool], engine: str, num_ranks: int, directions: int, kind: str
 ) -> None:
-    for result in pool(2).run(one_step, engine, kind, directions, "module"):
+    """From the 2 ranks that hold its shards: under HSDP the other replica sends scalars alone."""
+    for result in pool(num_ranks).run(one_step, engine, kind, directions, "module"):
         weights, others = split(result["calls"])
         assert sum(c[1] for c in weights) == sum(padded(engine, shape, 2) for shape in result["shapes"])
         assert 0 < sum(c[2] for c in others) < 100 * directions
 
 
 def split(calls: list[Call]) -> tuple[list[Call], list[Call]]:
-    """The gathers of float32 weights (two ranks: half the elements put in, 4 bytes each), the rest."""
-    weights = [c for c in calls if "allgather" in c[0] and c[2] == c[1] // 2 * 4]
+    """The gathers of float32 weights over two ranks (half of what they make is put in), the rest."""
+    weights = [c for c in calls if "allgather" in c[0] and c[3] == torch.float32 and c[2] == c[1] // 2 * 4]
     others = [c for c in calls if c not in weights]
     return weights, others
 

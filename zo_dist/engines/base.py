@@ -84,13 +84,19 @@ class Engine:
             total += row
         return total.view(values.shape)
 
-    def require_equal(self, what: str, settings: Mapping[str, object]) -> None:
-        """Raise ValueError on every rank if a setting differs between ranks, naming the settings."""
+    def require_equal(
+        self, what: str, settings: Mapping[str, object], among: Sequence[int] | None = None
+    ) -> None:
+        """Raise ValueError on every rank if a setting differs between ranks, naming the settings.
+
+        `among`: the ranks that this one must agree with, where those are not all.
+        """
         digests = [_digest(f"{key}={value!r}") for key, value in settings.items()]
         everyone = self.exchange([float(len(digests)), float(_digest(repr(list(settings))))])
         if bool((everyone != everyone[0]).any()):
             raise ValueError(f"ranks disagree on which settings {what} has")
-        differs = (self.exchange([float(d) for d in digests]) != everyone.new_tensor(digests)).any(0)
+        theirs = self.exchange([float(d) for d in digests])[slice(None) if among is None else among]
+        differs = (theirs != everyone.new_tensor(digests)).any(0)
         differing = self.exchange(differs.to(torch.float64)).any(0)
         names = [key for key, differ in zip(settings, differing.tolist(), strict=True) if differ]
         if names:
@@ -121,6 +127,25 @@ class Engine:
         except Exception as caught:
             error = caught
         self.together(error)
+
+
+def await_each_forward(module: nn.Module) -> None:
+    """Make a forward of `module` return only when the device is done: for weights kept on the CPU.
+
+    They are copied to the device asynchronously from pinned memory. A write must not overtake the
+    copies of a forward whose loss this rank does not read, as when none of its rows counted.
+    """
+    module.register_forward_hook(lambda *_: torch.accelerator.synchronize())
+
+
+def fingerprint(weight: Tensor) -> int:
+    """The wrapped sum of the bits of each element times its position: any order or bit shows."""
+    bits = weight.detach().reshape(-1).view(torch.uint8).view(-1, weight.element_size())
+    words = torch.zeros(len(bits), dtype=torch.int64, device=weight.device)
+    for byte in range(weight.element_size()):
+        words += bits[:, byte].to(torch.int64) << (8 * byte)
+    positions = torch.arange(1, len(words) + 1, device=weight.device)
+    return int((words * positions).sum())
 
 
 def _digest(text: str) -> int:

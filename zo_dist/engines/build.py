@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from zo_dist.engines.ds_config import DsConfig
 from zo_dist.params import find_layers
@@ -23,27 +25,47 @@ def require_process_group(kind: str) -> None:
         )
 
 
-def shard_with_fsdp2(module: nn.Module, device: torch.device, shard_ranks: int | None = None) -> nn.Module:
-    """`fully_shard` each layer, then the root, which keeps embeddings and head, tied or not, together.
+def fsdp2_mesh(device: torch.device, shard_ranks: int | None = None) -> DeviceMesh:
+    """The ranks that hold a copy of the weights together, and their replicas. Every rank must call it.
 
-    `shard_ranks`: shard over groups of so many consecutive ranks, replicas between the groups
-    (HSDP); it must divide the number of ranks. Every group reshards after its forward, so that a
-    write to a shard reaches the next one. Parameters move to `device`, one group at a time.
+    `shard_ranks`: so many consecutive ranks hold a copy (a 2-D mesh: HSDP), or all (1-D) if it is
+    None. ValueError, with the legal numbers, if it does not divide the number of ranks.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     num_ranks = dist.get_world_size()
     if shard_ranks is None or shard_ranks == num_ranks:
-        mesh = init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("shard",))
-    elif num_ranks % shard_ranks:
-        raise ValueError(f"shard_ranks is {shard_ranks}; it must divide the number of ranks, {num_ranks}")
-    else:
-        shape = (num_ranks // shard_ranks, shard_ranks)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("shard",))
+    if num_ranks % shard_ranks:
+        legal = [str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0]
+        raise ValueError(
+            f"engine.shard_ranks is {shard_ranks}; it must divide the number of ranks, {num_ranks}: "
+            f"{', '.join(legal)}, or null for all"
+        )
+    shape = (num_ranks // shard_ranks, shard_ranks)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard_with_fsdp2(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    offload_to_cpu: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """`fully_shard` each layer, then the root, which keeps embeddings and head, tied or not, together.
+
+    Every group reshards after its forward, so that a write to a shard reaches the next one.
+    Parameters move to the mesh's device, one group at a time. `offload_to_cpu`: their shards go back
+    to pinned CPU memory, and a gather copies them to the device first (where that is the CPU, FSDP2
+    copies nothing). `compute_dtype`: what a gather casts to; the shards keep their dtype, and the
+    gather's traffic is that of `compute_dtype`. Both were run on CPU ranks only, not on a GPU.
+    """
+    # Page-locked memory needs an accelerator to copy to.
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload_to_cpu else OffloadPolicy()
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "offload_policy": offload}
+    options["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype)
     for _, layer in find_layers(module):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(layer, **options)
+    fully_shard(module, **options)
     return module
 
 

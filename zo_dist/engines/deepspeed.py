@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_dist.engines.base import Engine
+from zo_dist.engines.base import Engine, await_each_forward
 from zo_dist.engines.replicated import ReplicatedEngine
 from zo_dist.params import Param, Span, canonical_name, unwrap
 
@@ -54,12 +54,16 @@ class ZeRO3Engine(Engine):
             )
         self._offload = engine.optimizer
         named: Iterable[tuple[str, Any]] = module.named_parameters()
+        offloaded = False
         for name, param in named:
             if param.ds_tensor.status.name != "AVAILABLE":
                 raise ValueError(
                     f"the shard of {canonical_name(name)} is on NVMe, which is not supported; set "
                     'offload_param.device to "cpu" or "none"'
                 )
+            offloaded |= param.ds_tensor.device.type != self.device.type
+        if offloaded:
+            await_each_forward(module)
 
     def shape_of(self, param: Any) -> torch.Size:
         return torch.Size(param.ds_shape)

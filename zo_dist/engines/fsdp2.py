@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from zo_dist.engines.base import Engine
-from zo_dist.params import Param, Span
+from zo_dist.engines.base import Engine, await_each_forward, fingerprint
+from zo_dist.params import Param, Span, canonical_name
 
 
 class FSDP2Engine(Engine):
     """Row-sharded DTensors. A forward gathers each group once; a write goes to the local rows.
 
     A group that stays unsharded after a forward (FSDP2 leaves the root so by default) would not see
-    a write, so `spans` and `publish` reshard first. Mixed precision and CPU offload work as they are:
-    the gather reads, casts and copies what was written. Raises ValueError for placements other than
-    `Shard(0)` and `Replicate`, and for parameters that no group manages.
+    a write, so `spans` and `publish` reshard first. Under mixed precision and CPU offload the gather
+    reads, casts and copies what was written; offloaded shards are written on the CPU. (Offload to
+    the CPU from a GPU has not been run.) Raises ValueError for placements other than
+    `Shard(0)` and `Replicate`, for parameters that no group manages, and, on every rank, for HSDP
+    replicas that do not start with equal weights.
     """
 
     name = "fsdp2"
@@ -36,6 +38,7 @@ class FSDP2Engine(Engine):
         self._has_run = False
         module.register_forward_pre_hook(self._note_run)
         self._reshard()
+        shards: dict[str, DTensor] = {}
         for name, param in module.named_parameters():
             if not isinstance(param, DTensor):
                 raise ValueError(f"parameter {name} is not sharded; do not pass it in ignored_params")
@@ -44,8 +47,8 @@ class FSDP2Engine(Engine):
                     f"parameter {name} is placed {param.placements}; only Shard(0) and Replicate "
                     "(fully_shard's default, 1-D or HSDP mesh) can be trained"
                 )
-        first = next(module.parameters())
-        assert isinstance(first, DTensor)
+            shards[canonical_name(name)] = param
+        first = next(iter(shards.values()))
         mesh = first.device_mesh
         device = torch.device(mesh.device_type)
         if device.type != "cpu":
@@ -56,6 +59,12 @@ class FSDP2Engine(Engine):
                 f"the model is sharded over {mesh.size()} of {self.num_ranks} processes; every "
                 "process must be on the mesh (use a 2-D HSDP mesh for replicas)"
             )
+        if first.to_local().device.type != device.type:
+            await_each_forward(module)
+        replicas = _ranks_of_same_shard(first)
+        if len(replicas) > 1:
+            prints = {name: fingerprint(param.to_local()) for name, param in shards.items()}
+            self.require_equal("the starting weights", prints, among=replicas)
 
     def _note_run(self, module: nn.Module, args: object) -> None:
         self._has_run = True
@@ -84,7 +93,10 @@ class FSDP2Engine(Engine):
     @contextmanager
     def whole(self, param: Param) -> Iterator[Tensor]:
         self._reshard()
-        yield _sharded(param).full_tensor().detach()
+        # An offloaded shard has to be where the process group, maybe NCCL alone, takes it.
+        sharded = _sharded(param).to(self.device)
+        assert isinstance(sharded, DTensor)
+        yield sharded.full_tensor().detach()
 
 
 def _sharded(param: Param) -> DTensor:
@@ -93,6 +105,14 @@ def _sharded(param: Param) -> DTensor:
     sharded = owner.holder._parameters[owner.attribute]
     assert isinstance(sharded, DTensor)
     return sharded
+
+
+def _ranks_of_same_shard(param: DTensor) -> list[int]:
+    """The ranks whose shards are copies of this rank's, itself among them: one per HSDP replica."""
+    mesh, coordinate = param.device_mesh, param.device_mesh.get_coordinate()
+    assert coordinate is not None
+    axes = zip(param.placements, coordinate, strict=True)
+    return mesh.mesh[tuple(slice(None) if p == Replicate() else c for p, c in axes)].flatten().tolist()
 
 
 def _first_row(param: DTensor) -> int:

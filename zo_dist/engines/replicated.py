@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from zo_dist.engines.base import Engine
+from zo_dist.engines.base import Engine, fingerprint
 from zo_dist.params import Param, Span, canonical_name
 
 
@@ -20,19 +20,8 @@ class ReplicatedEngine(Engine):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, next(module.parameters(), torch.empty(0)).device)
         if self.num_ranks > 1:
-            self.require_equal("the starting weights", self._fingerprints())
-
-    def _fingerprints(self) -> dict[str, int]:
-        """Per parameter, the wrapped sum of its bits times their position: any order or bit shows."""
-        prints = {}
-        for name, param in self.module.named_parameters():
-            bits = param.detach().reshape(-1).view(torch.uint8).view(-1, param.element_size())
-            words = torch.zeros(len(bits), dtype=torch.int64, device=param.device)
-            for byte in range(param.element_size()):
-                words += bits[:, byte].to(torch.int64) << (8 * byte)
-            positions = torch.arange(1, len(words) + 1, device=param.device)
-            prints[canonical_name(name)] = int((words * positions).sum())
-        return prints
+            weights = {canonical_name(name): fingerprint(p) for name, p in module.named_parameters()}
+            self.require_equal("the starting weights", weights)
 
     def _span(self, param: Param) -> Span:
         weight = param.param.detach()
