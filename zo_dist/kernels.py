@@ -100,17 +100,22 @@ def _fits(kernel: Kernel, piece: Tensor) -> bool:
 def compiled(function: Callable[..., None], num_tensors: int) -> Callable[..., None]:
     """`function` with its loops fused, compiled once per dtype and option.
 
-    The length along dim 0 of the first `num_tensors` arguments is all that varies from call to call.
+    The length along dim 0 of the first `num_tensors` arguments is all that varies from call to call;
+    the argument after them is a tensor too.
     """
     fused = torch.compile(function, fullgraph=True)
+    known: set[object] = set()
 
     def call(*args: Any) -> None:
-        for arg in args[:num_tensors]:
-            if isinstance(arg, Tensor):
-                torch._dynamo.mark_dynamic(arg, 0)
-        for arg in args[num_tensors:]:
-            if isinstance(arg, Tensor):
-                torch._dynamo.mark_static(arg)
+        key = (args[num_tensors - 1].dtype, args[num_tensors].shape)
+        # Marking takes as long as a call, and matters to the compiler alone.
+        if key not in known:
+            known.add(key)
+            for tensor in args[:num_tensors]:
+                torch._dynamo.mark_dynamic(tensor, 0)
+            for arg in args[num_tensors:]:
+                if isinstance(arg, Tensor):
+                    torch._dynamo.mark_static(arg)
         fused(*args)
 
     return call

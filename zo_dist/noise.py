@@ -117,7 +117,7 @@ def _accumulate(out: Tensor, headers: Tensor, scales: Tensor, law: str) -> None:
 def _combine(out: Tensor, *arguments: Any) -> None:
     *inputs, headers, scales, law, function, options = arguments
     z = _EXPAND[law](headers[0], out.shape[0], scales[0])
-    out.copy_(function(z, *inputs, *options))
+    out.copy_(function(z, *options, *inputs))
 
 
 _TILES = {"rademacher": ((4, 32), 1), "gaussian": ((2, 256), 128)}
@@ -180,9 +180,9 @@ class Noise:
         term: tuple[int, float],
         offset: int,
         function: Callable[..., Tensor],
-        *options: object,
+        options: tuple[object, ...],
     ) -> None:
-        """`out = function(scale * z, *inputs, *options)` in one pass, on a float32 tensor.
+        """`out = function(scale * z, *options, *inputs)` in one pass, on a float32 tensor.
 
         `function` works element by element; `inputs` are as long as `out`.
         """
