@@ -24,7 +24,6 @@ from benchmarks.traffic import Counted, split
 from zo_dist import AdaLeZO, Dense, Uniform, ZeroOrder
 from zo_dist.engines import initialize_process_group, leave_process_group, read_ds_config, select
 from zo_dist.engines.build import shard_with_fsdp2, zero3_engine
-from zo_dist.noise import Noise
 from zo_dist.params import evaluating
 from zo_dist.samplers import Sampler
 from zo_dist.tasks import choice_loss
@@ -68,10 +67,10 @@ class Subject:
 def main() -> None:
     setting = Setting(**json.loads(sys.argv[1]))
     device = initialize_process_group()
+    torch.manual_seed(0)
     dtype = getattr(torch, setting.dtype)
     # Compilers are loaded and kernels made before the model, so that they do not count as its memory.
-    noise = Noise(setting.noise, compile=True)  # type: ignore[arg-type]
-    noise.warm_up({(dtype, device)})
+    compile_kernels(setting, dtype, device)
     memory.settled()
     before = memory.resident_bytes() if device.type == "cpu" else 0
     module = subjects.build(setting.model, dtype).to(device)
@@ -141,6 +140,18 @@ def main() -> None:
         with Path(setting.out).open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
     leave_process_group()
+
+
+def compile_kernels(setting: Setting, dtype: torch.dtype, device: torch.device) -> None:
+    for directions in (1, 4):
+        optimizer = ZeroOrder(
+            nn.Linear(8, 8, bias=False, dtype=dtype, device=device).requires_grad_(),
+            directions=directions,
+            noise=setting.noise,  # type: ignore[arg-type]
+            self_check=False,
+            compile=True,
+        )
+        optimizer.prepare({"x": torch.ones(1, 8, dtype=dtype)}, lambda m, rows: m(rows["x"]).sum(1))
 
 
 def shard(module: nn.Module, setting: Setting, device: torch.device) -> nn.Module:

@@ -114,3 +114,91 @@ def test_a_layer_that_runs_again_takes_all_rows() -> None:
     x = torch.randn(4, 8)
     optimizer.step_batch({"x": x}, lambda m, b: m(b["x"]).square().mean(1))
     assert seen == [4, 8]
+
+
+class Positioned(nn.Module):
+    """A layer that is told the positions of its tokens, as one row of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return torch.tanh(self.mix(x) + positions[:, None] / 7)
+
+
+class PositionedLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Positioned() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, torch.arange(x.shape[1]))
+        return x
+
+
+def test_positions_are_no_rows_even_where_there_are_as_many() -> None:
+    torch.manual_seed(0)
+    model = PositionedLayers()
+    model.layers[0].requires_grad_(False)
+    x = torch.randn(3, 6, 6)  # two sides of three rows: as many as positions
+    stacked, single = copy.deepcopy(model), copy.deepcopy(model)
+    first, second = (zo_dist.ZeroOrder(m, lr=0.1, self_check=False) for m in (stacked, single))
+    loss = first.step_batch({"x": x}, lambda m, b: m(b["x"]).square().mean((1, 2)))
+    # The same rows by the same kernels, but for the order of sums in a product over more rows.
+    assert loss == pytest.approx(second.step(lambda: single(x).square().mean()), abs=1e-6)
+    assert first.slopes == pytest.approx(second.slopes, abs=1e-6 / first.eps)
+
+
+class Routed(nn.Module):
+    """A layer that hands an uneven choice of its rows to an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 0
+        out = x.clone()
+        out[chosen] += torch.tanh(self.expert(x[chosen]))
+        return out
+
+
+class RoutedLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), Routed()) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_layer_whose_weights_are_all_drawn_runs_once_for_each_probe() -> None:
+    """So that what it does with its rows inside, routing for one, stays with each probe."""
+    torch.manual_seed(0)
+    model = RoutedLayers()
+    x = torch.randn(6, 4)
+    losses = {}
+    for mode in ("module", "shard"):
+        trained = copy.deepcopy(model)
+        optimizer = zo_dist.ZeroOrder(
+            trained, lr=0.0, eps=0.01, directions=2, perturb=mode, self_check=False,
+            sampler=zo_dist.Uniform(sparsity=0.5),
+        )  # fmt: skip
+        losses[mode] = [optimizer.step_batch({"x": x}, lambda m, b: m(b["x"]).square().mean(1))]
+        losses[mode] += optimizer.slopes
+    # As above.
+    assert losses["module"] == pytest.approx(losses["shard"], abs=1e-6 / 0.01)
+
+    optimizer = zo_dist.ZeroOrder(model, lr=0.0, directions=2, self_check=False)
+    counts: list[int] = []
+    model.layers[2][1].register_forward_pre_hook(lambda m, args: counts.append(len(args[0])))
+    optimizer.step_batch({"x": x}, lambda m, b: m(b["x"]).square().mean(1))
+    assert counts == [3, 3, 3, 3]
+    model.layers[2][0].requires_grad_(False)  # its expert is still drawn, and splits what it is given
+    optimizer = zo_dist.ZeroOrder(model, lr=0.0, directions=2, self_check=False)
+    with pytest.raises(RuntimeError, match=r"step\(closure\)"):
+        optimizer.step_batch({"x": x}, lambda m, b: m(b["x"]).square().mean(1))

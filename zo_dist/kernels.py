@@ -47,7 +47,7 @@ class Kernel(NamedTuple):
         if self.pairs:
             flat = flat.view(_WIDER[flat.dtype])
         # .data: a view of a parameter would have the compiler guard on the parameter's shape.
-        return flat.data.view(-1, *self.shape).data
+        return flat.view(-1, *self.shape).data
 
 
 def run(
@@ -72,10 +72,10 @@ def run(
         lead = (offset + start) % unit
         block = (offset + start) // unit * kernel.blocks
         whole = min(numel - start, chunk) // unit * unit
-        if numel > _SMALL or numel % unit == 0:
-            pieces = [t[start : start + whole] for t in tensors]
-            if lead == 0 and whole >= least * unit and all(_fits(kernel, p) for p in pieces):
-                call(*(kernel.tiles(p) for p in pieces), *arguments(block))
+        if lead == 0 and whole >= least * unit and (numel > _SMALL or numel % unit == 0):
+            pieces = tensors if whole == numel else [t[start : start + whole] for t in tensors]
+            if not kernel.pairs or all(p.storage_offset() % 2 == 0 for p in pieces):
+                call(*map(kernel.tiles, pieces), *arguments(block))
                 start += whole
                 continue
         # Whole tiles are computed on padded copies, and what is asked is kept.
@@ -89,11 +89,6 @@ def run(
         call(*(kernel.tiles(pad) for pad in padded), *arguments(block))
         tensors[0][start : start + size] = padded[0][lead : lead + size]
         start += size
-
-
-def _fits(kernel: Kernel, piece: Tensor) -> bool:
-    """Can pairs be taken where the memory of `piece` begins?"""
-    return not kernel.pairs or piece.storage_offset() % 2 == 0
 
 
 @cache

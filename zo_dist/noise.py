@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from zo_dist import generator
 from zo_dist.kernels import Kernel, run
@@ -147,6 +148,11 @@ class Noise:
         self.compile = compile
         self._schedules: dict[str, list[int]] = {}
 
+    @property
+    def fused(self) -> bool:
+        """Do kernels run compiled now? Not while a dispatch mode (a counter, a profiler) looks on."""
+        return self.compile and not is_in_torch_dispatch_mode()
+
     def values(self, name: str, step: int, direction: int, offset: int, numel: int) -> Tensor:
         """float32 `[numel]` on the CPU: z itself, for tests and for looking."""
         out = torch.zeros(numel)
@@ -195,7 +201,7 @@ class Noise:
             header = self._headers(name, step, ROUNDING, [0], block, out.device)[0]
             return header, factors_on(out.device)
 
-        run(STOCHASTIC[out.dtype], (out, exact), offset, arguments, fused=self.compile)
+        run(STOCHASTIC[out.dtype], (out, exact), offset, arguments, fused=self.fused)
 
     def warm_up(self, kinds: set[tuple[torch.dtype, torch.device]], use: Callable[..., None]) -> None:
         """Compile what `use(weights)` needs for weights of these dtypes and devices; log the seconds.
@@ -239,7 +245,7 @@ class Noise:
         def arguments(block: int) -> tuple[object, ...]:
             return self._headers(name, step, NOISE, directions, block, device), scales, self.law, *more
 
-        run(kernel, tensors, offset, arguments, fused=self.compile)
+        run(kernel, tensors, offset, arguments, fused=self.fused)
 
     def _headers(
         self, name: str, step: int, stream: int, directions: Sequence[int], block: int, device: torch.device

@@ -143,7 +143,7 @@ def update_span(
             noise.combine(exact, inputs, span.name, step, terms[0], offset, _new_weights, options)
         else:
             noise.accumulate(exact.zero_(), span.name, step, terms, offset)
-            fused = noise.compile and flat.numel() >= _WORTH_COMPILING
+            fused = noise.fused and flat.numel() >= _WORTH_COMPILING
             apply = compiled(_apply, 1 + len(inputs)) if fused else _apply
             apply(exact, *(t.data for t in inputs), *options)
         rounding.write(flat, exact, lost, span.name, step, offset)
