@@ -119,12 +119,10 @@ class SharedPrefix:
         return _rearranged(leaf, self._unique, self._pieces, self._per_row)
 
     def _is_batch(self, leaf: Any, rows: int) -> bool:
-        if (
-            not isinstance(leaf, Tensor)
-            or leaf.ndim == 0
-            or (leaf.ndim == 1 and not leaf.is_floating_point())
-        ):
-            return False  # integers along one dimension are positions of a sequence
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            return False
+        # Integers along one dimension are positions of a sequence.
+        positions = leaf.ndim == 1 and not leaf.is_floating_point()
         return not positions and leaf.shape[0] == rows * self._per_row
 
 
