@@ -108,7 +108,7 @@ def main() -> None:
     for i, subject in enumerate(subjects_):
         with Counted() as counted:
             subject.run()
-        weights, others = split(counted.calls, torch.empty((), dtype=dtype).element_size(), engine.num_ranks)
+        weights, others = split(counted.calls, dtype, engine.num_ranks)
         peak = max(memory.peak_bytes(subject.run, device) for _ in range(3)) - before
         mean = statistics.mean(seconds[i])
         perturb, update = (statistics.mean(p[j] for p in parts[i]) for j in (0, 1))

@@ -8,8 +8,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# One collective: its operator, the elements it makes here, and the bytes this rank puts in.
-Call = tuple[str, int, int]
+# One collective: its operator, the elements it makes here, the bytes this rank puts in, and their dtype.
+Call = tuple[str, int, int, torch.dtype | None]
 
 
 class Counted(TorchDispatchMode):
@@ -27,13 +27,16 @@ class Counted(TorchDispatchMode):
             made, put = (filled[0], filled[-1]) if filled else ([], [])
             name = func._schema.name.split("::")[1]
             elements = sum(t.numel() for t in made)
-            self.calls.append((name, elements, sum(t.numel() * t.element_size() for t in put)))
+            dtype = put[0].dtype if put else None
+            self.calls.append((name, elements, sum(t.numel() * t.element_size() for t in put), dtype))
         return func(*args, **(kwargs or {}))
 
 
-def split(calls: list[Call], element_size: int, ranks: int) -> tuple[list[Call], list[Call]]:
-    """The gathers of sharded weights (each rank puts in its share of what is made), and the rest."""
+def split(calls: list[Call], dtype: torch.dtype, num_shards: int) -> tuple[list[Call], list[Call]]:
+    """The gathers of weights from so many ranks (each puts in its share of what is made), and the rest."""
     weights = [
-        c for c in calls if "allgather" in c[0] and c[2] == c[1] // ranks * element_size and c[1] >= ranks
+        c
+        for c in calls
+        if "allgather" in c[0] and c[3] == dtype and c[2] == c[1] // num_shards * dtype.itemsize
     ]
     return weights, [c for c in calls if c not in weights]

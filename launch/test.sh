@@ -35,4 +35,5 @@ print('wheel:', zo_dist.__version__)
 )
 
 say "pytest"
-"$PYTHON" -m pytest "$@"
+# Two files at a time: much of a test of several processes is waiting for them to start.
+"$PYTHON" -m pytest -n 2 --dist loadfile "$@"

@@ -48,8 +48,7 @@ def test_deepspeed_runs_the_quickstart_config(shrunk: list[str]) -> None:
     ds_config = str(REPOSITORY / "configs" / "ds_zero3.json")
     done = _deepspeed("train", QUICKSTART, "--deepspeed", ds_config, *shrunk)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("result: ")]
-    result = result_of(lines[0])
+    result = result_of(done.stdout)
     assert (result["engine"], result["ranks"], result["steps"]) == ("deepspeed", 2, 2)
 
 

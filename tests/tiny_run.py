@@ -100,8 +100,7 @@ def environment() -> dict[str, str]:
 
 
 def result_of(output: str) -> dict[str, Any]:
-    """The machine-readable last line of a run."""
-    last = output.strip().splitlines()[-1]
-    assert last.startswith("result: "), last
-    result: dict[str, Any] = json.loads(last.removeprefix("result: "))
+    """The machine-readable line of a run; a launcher may print more after it."""
+    (line,) = (line for line in output.splitlines() if line.startswith("result: "))
+    result: dict[str, Any] = json.loads(line.removeprefix("result: "))
     return result
