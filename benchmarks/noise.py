@@ -1,8 +1,9 @@
 """What noise costs: each use of it, as a ratio to one in-place pass over the same bfloat16 weights.
 
-    python -m benchmarks.noise [--elements N]
+    python -m benchmarks.noise [--elements N] [--eager]
 
-All figures come from one process and alternate, so that a slower moment of the machine hits all.
+`update` is the whole write of a step: noise of so many directions, rule, stochastic rounding. All
+figures come from one process and alternate, so that a slower moment of the machine hits all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Callable
 import torch
 
 from zo_dist.noise import LAWS, Noise
+from zo_dist.params import Param, Span
+from zo_dist.rules import SGD, Rounding16, update_span
 
 
 def seconds(job: Callable[[], object]) -> float:
@@ -25,22 +28,32 @@ def seconds(job: Callable[[], object]) -> float:
 
 def jobs(noise: Noise, weight: torch.Tensor) -> dict[str, Callable[[], object]]:
     out, total = torch.empty_like(weight), torch.zeros(weight.shape)
-    return {
+    timed: dict[str, Callable[[], object]] = {
         "shift": lambda: noise.shift(out, weight, "w", 0, 0, 0, 1e-3),
-        "accumulate": lambda: noise.accumulate(total, "w", 0, 0, 0, 1e-3),
+        "sum of 4": lambda: noise.accumulate(total, "w", 0, [(d, 1e-3) for d in range(4)], 0),
         "round": lambda: noise.round(out, total, "w", 0, 0),
     }
+    matrix = torch.nn.Parameter(out.view(-1, 1), requires_grad=False)
+    span, param = Span("w", out, 0), Param("w", matrix, matrix.shape, ())
+    rounding = Rounding16("stochastic", noise)
+    for count in (1, 4, 16):
+        terms = [(d, 1e-6) for d in range(count)]
+        timed[f"update, directions: {count}"] = lambda terms=terms: update_span(  # type: ignore[misc]
+            span, param, terms, SGD(), rounding, noise, 0, 1e-6
+        )
+    return timed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--elements", type=int, default=2**25)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--eager", action="store_true", help="the eager form too, which takes minutes")
     arguments = parser.parse_args()
     weight = torch.randn(arguments.elements).to(torch.bfloat16)
     timed: dict[str, Callable[[], object]] = {"in place": lambda: weight.mul_(1.0)}
     for law in LAWS:
-        for form in ("compiled", "eager"):
+        for form in ("compiled", "eager") if arguments.eager else ("compiled",):
             noise = Noise(law, compile=form == "compiled")  # type: ignore[arg-type]
             timed |= {f"{law} {use}, {form}": job for use, job in jobs(noise, weight).items()}
     for job in timed.values():
@@ -50,7 +63,7 @@ def main() -> None:
     for name in timed:
         ratio = statistics.median(run[name] / run["in place"] for run in runs)
         nanoseconds = statistics.median(run[name] for run in runs) / arguments.elements * 1e9
-        print(f"{name:34} {ratio:7.2f} x   {nanoseconds:7.2f} ns per element")
+        print(f"{name:40} {ratio:7.2f} x   {nanoseconds:7.2f} ns per element")
 
 
 if __name__ == "__main__":

@@ -95,14 +95,13 @@ def run(
 def compiled(function: Callable[..., None], num_tensors: int) -> Callable[..., None]:
     """`function` with its loops fused, compiled once per dtype and option.
 
-    The length along dim 0 of the first `num_tensors` arguments is all that varies from call to call;
-    the argument after them is a tensor too.
+    The length along dim 0 of the first `num_tensors` arguments is all that varies from call to call.
     """
     fused = torch.compile(function, fullgraph=True)
     known: set[object] = set()
 
     def call(*args: Any) -> None:
-        key = (args[num_tensors - 1].dtype, args[num_tensors].shape)
+        key = (args[num_tensors - 1].dtype, *map(_constant, args[num_tensors:]))
         # Marking takes as long as a call, and matters to the compiler alone.
         if key not in known:
             known.add(key)
@@ -114,3 +113,10 @@ def compiled(function: Callable[..., None], num_tensors: int) -> Callable[..., N
         fused(*args)
 
     return call
+
+
+def _constant(arg: Any) -> Any:
+    """What a compiled form takes for granted of an argument."""
+    if isinstance(arg, tuple):
+        return tuple(map(_constant, arg))
+    return arg.shape if isinstance(arg, Tensor) else arg
