@@ -59,13 +59,6 @@ class ModulePerturbation:
         for param in params:
             for owner in param.owners:
                 self._owned.setdefault(owner.module, []).append((owner, param))
-        drawn = {(o.holder, o.attribute) for p in params for o in p.owners}
-        # Layers of which every weight is drawn.
-        self._whole = {
-            layer: {param.name for m in layer.modules() for _, param in self._owned.get(m, ())}
-            for layer in layers
-            if layer not in self._owned and all(place in drawn for place in _places(layer))
-        }
         self._prefix = SharedPrefix(layers, self._owned)
         self._live: Live = ()
         self._ran: set[nn.Module] = set()
@@ -75,11 +68,7 @@ class ModulePerturbation:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Wrap the owners' forwards; on leaving, also by an exception, put everything back."""
-        with (
-            wrapped_forwards(self._owned, self._wrapped),
-            wrapped_forwards(self._whole, self._wrapped_layer),
-            self._prefix.installed(),
-        ):
+        with wrapped_forwards(self._owned, self._wrapped), self._prefix.installed():
             yield
 
     @contextmanager
@@ -118,22 +107,6 @@ class ModulePerturbation:
                 with self._shifted(owner, self._live[0][0]):
                     return self._detached(forward(*args, **kwargs))
             return self._split(owner, names, forward, args, kwargs)
-
-        return run
-
-    def _wrapped_layer(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Each probe runs the layer as a whole: one split and one join, not one for each weight in it.
-
-        Tokens that a router sends to experts then stay with their probe too.
-        """
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            names, rows = self._whole[layer], sum(rows for _, rows in self._live)
-            if len(self._live) < 2 or not any(names & probe.drawn for probe, _ in self._live):
-                return forward(*args, **kwargs)
-            if not all(_is_plain(leaf, rows) for leaf in pytree.tree_leaves((args, kwargs))):
-                return forward(*args, **kwargs)  # its owners split what they get
-            return self._split(layer, names, forward, args, kwargs)
 
         return run
 
@@ -183,7 +156,7 @@ class ModulePerturbation:
         stored: list[tuple[Owner, Any]] = []
         depth = self._depth
         try:
-            for place, param in self._owned.get(owner, ()):
+            for place, param in self._owned[owner]:
                 if param.name not in probe.drawn:
                     continue
                 weight = place.holder._parameters[place.attribute]
@@ -224,21 +197,6 @@ class ModulePerturbation:
         return pytree.tree_map_only(
             Tensor, lambda t: t.clone() if t.untyped_storage().data_ptr() in held else t, out
         )
-
-
-def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Where the weights in a module are held."""
-    for holder in module.modules():
-        yield from ((holder, name) for name, weight in holder._parameters.items() if weight is not None)
-
-
-def _is_plain(leaf: Any, rows: int) -> bool:
-    """Is it clear what this input of a layer is to one probe: its own rows, or the same as to all?"""
-    if isinstance(leaf, Tensor):
-        if leaf.ndim == 1:
-            return leaf.is_floating_point() and leaf.shape[0] % rows == 0
-        return leaf.ndim == 0 or leaf.shape[0] == 1 or leaf.shape[0] % rows == 0
-    return leaf is None or isinstance(leaf, bool | int | float | str)
 
 
 def _rows_per_row(leaf: Any, rows: int, where: str) -> int:
