@@ -23,7 +23,7 @@ from benchmarks.published import PublishedMeZO
 from benchmarks.traffic import Counted, split
 from zo_dist import AdaLeZO, Dense, Uniform, ZeroOrder
 from zo_dist.engines import initialize_process_group, leave_process_group, read_ds_config, select
-from zo_dist.engines.build import shard_with_fsdp2, zero3_engine
+from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2, zero3_engine
 from zo_dist.params import evaluating
 from zo_dist.samplers import Sampler
 from zo_dist.tasks import choice_loss
@@ -158,7 +158,7 @@ def shard(module: nn.Module, setting: Setting, device: torch.device) -> nn.Modul
     if setting.engine == "replicated":
         return module
     if setting.engine == "fsdp2":
-        return shard_with_fsdp2(module, device)
+        return shard_with_fsdp2(module, fsdp2_mesh(device))
     config = json.loads((Path(__file__).parent.parent / "configs" / "ds_zero3.json").read_text())
     width = module.config.hidden_size
     ranks = torch.distributed.get_world_size()
