@@ -24,6 +24,7 @@ from benchmarks.traffic import Counted, split
 from zo_dist import AdaLeZO, Dense, Uniform, ZeroOrder
 from zo_dist.engines import initialize_process_group, leave_process_group, read_ds_config, select
 from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2, zero3_engine
+from zo_dist.noise import GROUP
 from zo_dist.params import evaluating
 from zo_dist.samplers import Sampler
 from zo_dist.tasks import choice_loss
@@ -143,15 +144,15 @@ def main() -> None:
 
 
 def compile_kernels(setting: Setting, dtype: torch.dtype, device: torch.device) -> None:
-    for directions in (1, 4):
-        optimizer = ZeroOrder(
-            nn.Linear(8, 8, bias=False, dtype=dtype, device=device).requires_grad_(),
-            directions=directions,
-            noise=setting.noise,  # type: ignore[arg-type]
-            self_check=False,
-            compile=True,
-        )
-        optimizer.prepare({"x": torch.ones(1, 8, dtype=dtype)}, lambda m, rows: m(rows["x"]).sum(1))
+    optimizer = ZeroOrder(
+        nn.Linear(8, 8, bias=False, dtype=dtype, device=device),
+        directions=GROUP,
+        noise=setting.noise,  # type: ignore[arg-type]
+        self_check=False,
+        compile=True,
+    )
+    rows = {"x": torch.ones(GROUP, 8, dtype=dtype, device=device)}
+    optimizer.prepare(rows, lambda m, batch: m(batch["x"]).sum(1))
 
 
 def shard(module: nn.Module, setting: Setting, device: torch.device) -> nn.Module:

@@ -11,9 +11,10 @@ import torch
 from models import build, loss_of, rows_for
 from reference import round_to
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import zo_dist
-from zo_dist import rules
+from zo_dist import kernels, rules
 from zo_dist.noise import Noise
 from zo_dist.params import Param, Span
 from zo_dist.rules import SGD, Rounding16, update_span
@@ -206,6 +207,30 @@ def test_compiled_and_eager_updates_leave_the_same_bits(rounding: str) -> None:
         results.append(left)
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(bits_of(eager), bits_of(compiled))
+
+
+@pytest.mark.slow
+def test_a_run_compiles_before_its_first_step_and_not_after() -> None:
+    """Whatever number of directions draws an arm: one, a few, a group or more."""
+    torch._dynamo.reset()
+    kernels.compiled.cache_clear()
+    model = nn.Sequential(*[nn.Linear(160, 160, bias=False) for _ in range(4)]).bfloat16()
+    optimizer = zo_dist.ZeroOrder(
+        model, lr=1e-3, directions=6, sampler=zo_dist.Uniform(sparsity=0.5), self_check=False, compile=True
+    )
+    rows = {"x": torch.ones(6, 160, dtype=torch.bfloat16)}
+
+    def loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return module(batch["x"]).float().square().mean(1)
+
+    optimizer.prepare(rows, loss)
+    graphs = counters["stats"]["unique_graphs"]
+    shared = set()
+    for _ in range(6):
+        optimizer.step_batch(rows, loss)
+        shared |= {sum(arm in draw.arms for draw in optimizer.draws) for arm in range(4)}
+    assert {1, 2, 3, 4, 5} <= shared
+    assert counters["stats"]["unique_graphs"] == graphs > 0
 
 
 def test_weight_decay_touches_matrices_alone() -> None:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from zo_dist import generator
 from zo_dist.kernels import Kernel, run
-from zo_dist.stochastic import STOCHASTIC, factors_on
+from zo_dist.stochastic import STOCHASTIC, factors
 
 Law = Literal["rademacher", "gaussian"]
 LAWS: tuple[str, ...] = get_args(Law)
@@ -199,7 +199,7 @@ class Noise:
 
         def arguments(block: int) -> tuple[object, ...]:
             header = self._headers(name, step, ROUNDING, [0], block, out.device)[0]
-            return header, factors_on(out.device)
+            return header, factors(out.device)
 
         run(STOCHASTIC[out.dtype], (out, exact), offset, arguments, fused=self.fused)
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from zo_dist.engines import select
 from zo_dist.estimators import Estimator, TwoSided
-from zo_dist.noise import GROUP, Law, Noise
-from zo_dist.params import Arm, Param, Span, evaluating, find_layers, group_arms, trainable_params
+from zo_dist.noise import Law, Noise
+from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 from zo_dist.prefix import PrefixUnsafeError
 from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, closure_sums, first_row, num_rows
-from zo_dist.rules import SGD, Rounding, Rounding16, Rule, update_span
+from zo_dist.rules import SGD, Rounding, Rounding16, Rule, update_span, use_each_kernel
 from zo_dist.samplers import Dense, Draw, Sampler
 from zo_dist.selfcheck import check_engine
 
@@ -232,20 +232,12 @@ class ZeroOrder(torch.optim.Optimizer):
         # A weight is shifted where the model computes, and written where its span is.
         kinds = {(p.param.dtype, self.engine.device) for p in self.params}
         kinds |= {(span.flat.dtype, span.flat.device) for span in self.engine.spans(self.params)}
-        self.noise.warm_up(kinds, self._use_each_kernel)
+        self.noise.warm_up(
+            kinds, lambda w: use_each_kernel(w, self.rule, self.rounding.mode, self.noise, self.directions)
+        )
         if self.self_check:
             with evaluating(self.engine.module):
                 check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, evaluate)
-
-    def _use_each_kernel(self, weights: Tensor) -> None:
-        self.noise.shift(torch.empty_like(weights), weights, "", 0, 0, 0, 0.0)
-        span, param = Span("", weights, 0), nn.Parameter(weights.view(-1, 1), requires_grad=False)
-        rounding = Rounding16(self.rounding.mode, self.noise)
-        rounding.begin([span])
-        # One direction, and as many as are added in one pass.
-        terms = [(0, 0.0)] * (1 if self.directions < GROUP else 1 + GROUP)
-        like = Param("", param, param.shape, ())
-        update_span(span, like, terms, self.rule, rounding, self.noise, 0, 0.0)
 
     def _settings(self, lr: float) -> dict[str, object]:
         """What must be equal on every rank for the ranks to stay one run."""

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_dist.kernels import compiled
-from zo_dist.noise import Noise
+from zo_dist.noise import GROUP, Noise
 from zo_dist.params import Param, Span
 
 Rounding = Literal["stochastic", "kahan", "nearest"]
@@ -147,3 +147,18 @@ def update_span(
             apply = compiled(_apply, 1 + len(inputs)) if fused else _apply
             apply(exact, *(t.data for t in inputs), *options)
         rounding.write(flat, exact, lost, span.name, step, offset)
+
+
+def use_each_kernel(weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int) -> None:
+    """Shift and update flat scratch `weights` in each way that a run will, so that all is compiled."""
+    noise.shift(torch.empty_like(weights), weights, "", 0, 0, 0, 0.0)
+    span, matrix = Span("", weights, 0), nn.Parameter(weights.view(-1, 1), requires_grad=False)
+    rounding = Rounding16(mode, noise)
+    rounding.begin([span])
+    # An arm may be drawn by any number of directions: one has a kernel, others go singly or in groups.
+    for count in (1, 2, GROUP):
+        if count <= directions:
+            terms = [(0, 0.0)] * count
+            update_span(
+                span, Param("", matrix, matrix.shape, ()), terms, rule, rounding, noise, step=0, lr=0.0
+            )

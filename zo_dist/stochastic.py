@@ -27,15 +27,12 @@ _MULTIPLIER = 0xD1342543DE82EF95
 _BOTH_LOW_HALVES = 0x0000FFFF0000FFFF
 
 
-def factors() -> list[int]:
-    """The odd constants, as signed 64-bit integers: one for each row of a tile."""
-    powers = [pow(_MULTIPLIER, k, 1 << 64) for k in range(1, _ROWS + 1)]
-    return [p - (1 << 64) if p >> 63 else p for p in powers]
-
-
 @cache
-def factors_on(device: torch.device) -> Tensor:
-    return torch.tensor(factors(), device=device).unsqueeze(-1)
+def factors(device: torch.device) -> Tensor:
+    """int64 `[32, 1]`: the odd constants, one for each row of a tile."""
+    powers = [pow(_MULTIPLIER, k, 1 << 64) for k in range(1, _ROWS + 1)]
+    signed = [p - (1 << 64) if p >> 63 else p for p in powers]
+    return torch.tensor(signed, device=device).unsqueeze(-1)
 
 
 def _random_bits(header: Tensor, tiles: int, factors: Tensor) -> Tensor:
