@@ -27,16 +27,17 @@ def seconds(job: Callable[[], object]) -> float:
 
 
 def jobs(noise: Noise, weight: torch.Tensor) -> dict[str, Callable[[], object]]:
-    out, total = torch.empty_like(weight), torch.zeros(weight.shape)
+    out, other, total = torch.empty_like(weight), torch.empty_like(weight), torch.zeros(weight.shape)
     timed: dict[str, Callable[[], object]] = {
-        "shift": lambda: noise.shift(out, weight, "w", 0, 0, 0, 1e-3),
+        "shift": lambda: noise.shift([out], weight, "w", 0, 0, 0, [1e-3]),
+        "shift to both sides": lambda: noise.shift([out, other], weight, "w", 0, 0, 0, [1e-3, -1e-3]),
         "sum of 4": lambda: noise.accumulate(total, "w", 0, [(d, 1e-3) for d in range(4)], 0),
         "round": lambda: noise.round(out, total, "w", 0, 0),
     }
     matrix = torch.nn.Parameter(out.view(-1, 1), requires_grad=False)
     span, param = Span("w", out, 0), Param("w", matrix, matrix.shape, ())
     rounding = Rounding16("stochastic", noise)
-    for count in (1, 4, 16):
+    for count in (1, 2, 4, 16):
         terms = [(d, 1e-6) for d in range(count)]
         timed[f"update, directions: {count}"] = lambda terms=terms: update_span(  # type: ignore[misc]
             span, param, terms, SGD(), rounding, noise, 0, 1e-6

@@ -66,11 +66,11 @@ def remembered_noise() -> Iterator[None]:
 
     expand = dict(noise._EXPAND)
 
-    def gaussian(header: Tensor, tiles: int, scale: Tensor) -> Tensor:
-        key = (tiles, header.numpy().tobytes())
+    def gaussian(words: Tensor) -> Tensor:
+        key = words.numpy().tobytes()
         if key not in _normals:
-            _normals[key] = expand["gaussian"](header, tiles, torch.ones(()))
-        return _normals[key] * scale
+            _normals[key] = expand["gaussian"](words)
+        return _normals[key]
 
     generator.philox = philox  # type: ignore[assignment]
     noise._EXPAND["gaussian"] = gaussian

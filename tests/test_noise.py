@@ -82,7 +82,7 @@ def test_any_split_into_spans_and_chunks_gives_the_same_bits(
         rounded = torch.zeros(700, dtype=torch.bfloat16)
         for a, b in itertools.pairwise(edges):
             function.accumulate(z[a:b], "w", 2, [(1, 1.0)], offset + a)
-            function.shift(shifted[a:b], shifted[a:b], "w", 2, 1, offset + a, 0.125)
+            function.shift([shifted[a:b]], weight[a:b], "w", 2, 1, offset + a, [0.125])
             function.round(rounded[a:b], weight[a:b], "w", 2, offset + a)
     finally:
         kernels.EAGER_CHUNK = before
@@ -99,10 +99,23 @@ def test_any_split_into_spans_and_chunks_gives_the_same_bits(
 def test_a_shift_is_rounded_once(law: str, dtype: torch.dtype) -> None:
     function = Noise(law, 1)  # type: ignore[arg-type]
     weight = torch.linspace(-2, 2, 500).to(dtype)
-    out = torch.empty_like(weight)
-    function.shift(out, weight, "w", 0, 0, 3, 1e-3)
-    exact = weight.float() + function.values("w", 0, 0, 3, 500) * torch.tensor(1e-3)
-    assert torch.equal(out, exact.to(dtype))
+    plus, minus = torch.empty_like(weight), torch.empty_like(weight)
+    function.shift([plus, minus], weight, "w", 0, 0, 3, [1e-3, -1e-3])
+    change = function.values("w", 0, 0, 3, 500) * torch.tensor(1e-3)
+    assert torch.equal(plus, (weight.float() + change).to(dtype))
+    assert torch.equal(minus, (weight.float() - change).to(dtype))
+
+
+@pytest.mark.parametrize("law", table.LAWS)
+@pytest.mark.parametrize("width", [1, 96, 128, 700])
+def test_rows_that_are_looked_up_are_shifted_as_in_the_whole(law: str, width: int) -> None:
+    function = Noise(law, 1)  # type: ignore[arg-type]
+    weight = torch.linspace(-2, 2, 50 * width).bfloat16()
+    whole = torch.empty_like(weight)
+    function.shift([whole], weight, "w", 4, 1, 0, [-0.1])
+    rows = torch.tensor([7, 0, 49, 7, 12])
+    looked_up = function.shift_rows(weight.view(50, width), rows, "w", 4, 1, -0.1)
+    assert torch.equal(looked_up, whole.view(50, width)[rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -116,6 +129,10 @@ def test_a_rounding_follows_from_the_words(dtype: torch.dtype) -> None:
     assert out.tolist() == [round_to(x, b, dtype) for x, b in zip(exact.tolist(), bits, strict=True)]
 
 
+def _difference(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight.to(torch.float32) - total
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("law", table.LAWS)
 def test_compiled_and_eager_forms_give_the_same_bits(law: str) -> None:
@@ -126,11 +143,16 @@ def test_compiled_and_eager_forms_give_the_same_bits(law: str) -> None:
             z, weight = torch.full((size,), 0.5), torch.linspace(-1, 1, size).bfloat16()
             rounded, half = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.float16)
             function.accumulate(z, "w", 1, [(2, 0.3)], offset)
-            shifted = torch.zeros_like(weight)
-            function.shift(shifted, weight, "w", 1, 2, offset, 1e-2)
+            shifted, plus, minus = (torch.zeros_like(weight) for _ in range(3))
+            function.shift([shifted], weight, "w", 1, 2, offset, [1e-2])
+            function.shift([plus, minus], weight, "w", 1, 2, offset, [1e-2, -1e-2])
             function.round(rounded, z / 3, "w", 1, offset)
             function.round(half, z * 1e-5, "w", 1, offset)
-            outs.append((z, shifted, rounded, half))
+            sums = [torch.empty_like(z) for _ in (1, 2, 3, 5, 7)]
+            for count, out in zip((1, 2, 3, 5, 7), sums, strict=True):
+                terms = [(d, 0.3 + d) for d in range(count)]
+                function.combine(out, [weight], "w", 1, terms, offset, _difference, ())
+            outs.append((z, shifted, plus, minus, rounded, half, *sums))
         for a, b in zip(*outs, strict=True):
             assert torch.equal(a, b)
 

@@ -156,6 +156,69 @@ def test_unusual_modules(kind: type[nn.Module]) -> None:
     assert torch.equal(spy.calls[0], torch.cat(expected))
 
 
+class Lookup(nn.Module):
+    """Torch's own embedding, tied; one whose forward computes the ids; one that renorms, not tied."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        own: type[nn.Embedding] = Shifted if kind == "computed" else nn.Embedding
+        self.embed = own(512, 24, padding_idx=1, max_norm=3.0 if kind == "renormed" else None)
+        self.head = nn.Linear(24, 512, bias=False)
+        if kind != "renormed":
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embed(ids).mean(1))
+        return logits
+
+
+class Shifted(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input + 2)
+
+
+@pytest.mark.parametrize("kind", ["own", "computed", "renormed"])
+@pytest.mark.parametrize("law", table.LAWS)
+@torch.no_grad()
+def test_an_embedding_shifts_the_rows_that_are_looked_up(kind: str, law: str) -> None:
+    model, ids = Lookup(kind), torch.tensor([[3, 1, 500], [3, 77, 1], [9, 8, 7], [0, 1, 2]])
+    model.embed(ids)  # renorms the rows
+    optimizer = optimizer_of(model, directions=2, noise=law)
+    numels: list[int] = []
+    shift = optimizer.noise.shift
+
+    def watched(outs: Any, weight: Tensor, *arguments: Any) -> None:
+        numels.append(weight.numel() * len(outs))
+        shift(outs, weight, *arguments)
+
+    optimizer.noise.shift = watched  # type: ignore[method-assign]
+    spy = Spy(lambda m, b: m(b["ids"]).square().mean(1))
+    optimizer.step_batch({"ids": ids}, spy)
+    # The head reads all rows on both sides of both directions; the lookup does only if it has to.
+    assert sum(numels) == 512 * 24 * 4 * (1 if kind == "own" else 2)
+    expected = []
+    for direction in range(2):
+        for sign in (1.0, -1.0):
+            shifted = copy.deepcopy(model)
+            for name, param in shifted.named_parameters():
+                z = Noise(law, SEED).values(name, 0, direction, 0, param.numel())  # type: ignore[arg-type]
+                param.data.add_(z.view(512, 24) * EPS * sign)
+            expected.append(shifted(ids[2 * direction : 2 * direction + 2]).square().mean(1))
+    assert torch.equal(spy.calls[0], torch.cat(expected))
+
+
+@torch.no_grad()
+def test_sides_that_are_shifted_one_by_one_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for limit in (0, 1 << 24):
+        monkeypatch.setattr("zo_dist.perturb._PAIRED", limit)
+        spy = Spy()
+        optimizer_of(build("llama"), directions=2).step_batch(rows_for("llama", 4), spy)
+        losses.append(spy.calls[0])
+    assert torch.equal(*losses)
+
+
 class ReadsOutside(nn.Module):
     """Uses a Linear's weight without running the Linear."""
 

@@ -33,7 +33,7 @@ def key_schedule(key: tuple[int, int]) -> list[int]:
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], schedule: Tensor) -> tuple[Tensor, ...]:
     """Philox4x32-10 of four broadcastable int64 tensors holding 32-bit words.
 
-    `schedule` holds the 20 round-key words, int64. Returns four int64 tensors of 32-bit words.
+    `schedule` holds the 20 round-key words along dim 0, int64. Returns four int64 tensors of 32-bit words.
     """
     x0, x1, x2, x3 = counter
     for r in range(_ROUNDS):
@@ -51,19 +51,23 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], schedule: Tensor) -> 
     return x0, x1, x2, x3
 
 
-def blocks(header: Tensor, tiles: int, num: int) -> tuple[Tensor, ...]:
-    """Four int64 tensors `[tiles, num]`: the 32-bit words of each of `num` blocks of each tile.
+def blocks(headers: Tensor, tiles: int | Tensor, num: int) -> tuple[Tensor, ...]:
+    """Four int64 tensors `[tiles, headers, num]`: the 32-bit words of `num` blocks of each tile.
 
-    `header` (int64) is `first block, step, stream and direction, then the key schedule`: a tensor,
-    not Python numbers, so that one compiled form serves every parameter and step. Two dimensions
-    from the start: a view of a flat tensor of unknown size would keep compiled loops scalar.
+    `tiles`: how many, from number 0 on, or an int64 tensor of their numbers. Each header (int64) is
+    `first block, step, stream and direction, then the key schedule`: a tensor, not Python numbers, so
+    that one compiled form serves every parameter and step. Tiles have a dimension of their own from the
+    start: a view of a flat tensor of unknown size would keep compiled loops scalar.
     """
-    rows = torch.arange(tiles, dtype=torch.int64, device=header.device).unsqueeze(-1) * num
-    number = rows + torch.arange(num, dtype=torch.int64, device=header.device) + header[0]
-    return philox((number & MASK, number >> 32, header[1], header[2]), header[3:])
+    if not isinstance(tiles, Tensor):
+        tiles = torch.arange(tiles, dtype=torch.int64, device=headers.device)
+    rows = tiles.unsqueeze(-1).unsqueeze(-1) * num
+    heads = headers.t().unsqueeze(-1)
+    number = rows + torch.arange(num, dtype=torch.int64, device=headers.device) + heads[0]
+    return philox((number & MASK, number >> 32, heads[1], heads[2]), heads[3:])
 
 
-def words(header: Tensor, tiles: int, num: int) -> Tensor:
-    """int32 `[tiles, 4 * num]`: the random words of the blocks of each tile, block by block."""
-    stacked = torch.stack(blocks(header, tiles, num), dim=-1).flatten(1)
-    return torch.where(stacked > 0x7FFFFFFF, stacked - LOW, stacked).to(torch.int32)
+def words(headers: Tensor, tiles: int | Tensor, num: int) -> Tensor:
+    """int32 `[tiles, headers, 4 * num]`: a tile's first words of all blocks, then their second ones ..."""
+    joined = torch.cat(blocks(headers, tiles, num), dim=-1)
+    return torch.where(joined > 0x7FFFFFFF, joined - LOW, joined).to(torch.int32)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Elements per pass of the eager form: the temporaries of one chunk stay in a core's cache.
-EAGER_CHUNK = 1 << 20
+# Elements per pass of the eager form: the temporaries of one chunk stay in a core's cache. Compiled
+# for a GPU, a kernel may count elements in 32 bits.
+EAGER_CHUNK, FUSED_CHUNK = 1 << 20, 1 << 30
 
 # Up to so many elements, one call on copies padded to whole tiles is cheaper than one for the tiles
 # and one for each end.
@@ -25,7 +27,7 @@ _WIDER = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32
 
 
 class Kernel(NamedTuple):
-    """`function(*tensors, *arguments)` writes its first tensor; tensors come as `[tiles, *shape]`.
+    """`function(*tensors, *arguments)` writes its first `outputs`; tensors come as `[tiles, *shape]`.
 
     `shape`: (rows, columns) of a tile, laid out so that compiled inner loops run along the columns.
     `blocks`: Philox calls behind a tile. `pairs`: the function takes two neighbouring elements as one
@@ -36,6 +38,7 @@ class Kernel(NamedTuple):
     shape: tuple[int, int]
     blocks: int
     pairs: bool = False
+    outputs: int = 1
 
     @property
     def unit(self) -> int:
@@ -63,7 +66,7 @@ def run(
     `arguments(block)`: what the function takes besides the tensors, for tiles from that block on.
     """
     numel, unit = tensors[0].numel(), kernel.unit
-    chunk = numel if fused else EAGER_CHUNK
+    chunk = FUSED_CHUNK if fused else EAGER_CHUNK
     call = compiled(kernel.function, len(tensors)) if fused else kernel.function
     # The compiler takes a size of 1 for a constant.
     least = 2 if fused else 1
@@ -87,36 +90,58 @@ def run(
         for pad, t in zip(padded, tensors, strict=True):
             pad[lead : lead + size] = t[start : start + size]
         call(*(kernel.tiles(pad) for pad in padded), *arguments(block))
-        tensors[0][start : start + size] = padded[0][lead : lead + size]
+        for t, pad in zip(tensors[: kernel.outputs], padded, strict=False):
+            t[start : start + size] = pad[lead : lead + size]
         start += size
 
 
 @cache
 def compiled(function: Callable[..., None], num_tensors: int) -> Callable[..., None]:
-    """`function` with its loops fused, compiled once per dtype and option.
+    """`function` with its loops fused, compiled once for each dtype, device and option.
 
     The length along dim 0 of the first `num_tensors` arguments is all that varies from call to call.
     """
-    fused = torch.compile(function, fullgraph=True)
-    known: set[object] = set()
+    assert isinstance(function, FunctionType)
+    forms: dict[object, Callable[..., None]] = {}
 
     def call(*args: Any) -> None:
-        key = (args[num_tensors - 1].dtype, *map(_constant, args[num_tensors:]))
-        # Marking takes as long as a call, and matters to the compiler alone.
-        if key not in known:
-            known.add(key)
+        # A form on a CPU divides its loop among the threads there were.
+        key = (torch.get_num_threads(), *map(_fixed, args[:num_tensors]), *map(_constant, args[num_tensors:]))
+        form = forms.get(key)
+        if form is None:
+            form = forms[key] = _form(function)
             for tensor in args[:num_tensors]:
                 torch._dynamo.mark_dynamic(tensor, 0)
             for arg in args[num_tensors:]:
                 if isinstance(arg, Tensor):
                     torch._dynamo.mark_static(arg)
-        fused(*args)
+        form(*args)
 
     return call
 
 
+def _form(function: FunctionType) -> Callable[..., None]:
+    """A compiled copy that never asks whether it fits: `compiled` has a key for all that it depends on.
+
+    Asking takes as long as calling: a third of the time that a call takes besides its loop. Forms are
+    kept with the code they were made of, so each needs code of its own.
+    """
+    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(
+        copy, fullgraph=True, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    )
+
+
+def _fixed(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.device
+
+
 def _constant(arg: Any) -> Any:
     """What a compiled form takes for granted of an argument."""
+    if isinstance(arg, Tensor):
+        return arg.shape, arg.dtype, arg.device
     if isinstance(arg, tuple):
         return tuple(map(_constant, arg))
-    return arg.shape if isinstance(arg, Tensor) else arg
+    if hasattr(arg, "__dict__") and not callable(arg):
+        return type(arg), *vars(arg).items()
+    return arg

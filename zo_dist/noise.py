@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from zo_dist import generator
-from zo_dist.kernels import Kernel, run
+from zo_dist.kernels import EAGER_CHUNK, Kernel, run
 from zo_dist.stochastic import STOCHASTIC, factors
 
 Law = Literal["rademacher", "gaussian"]
@@ -36,13 +36,12 @@ GROUP = 4
 log = logging.getLogger(__name__)
 
 
-def _rademacher(header: Tensor, tiles: int, scale: Tensor) -> Tensor:
-    """float32 `[tiles, 4, 32]` (word, bit): `-scale` where the random bit is set, else `scale`."""
-    words = generator.words(header, tiles, 1).unsqueeze(-1)
+def _rademacher(words: Tensor) -> Tensor:
+    """float32 `[tiles, 4, 32]` (word, bit) of int32 `[tiles, 4]`: -1 where the bit is set, else 1."""
     # The bit as the sign of an integer. A choice, and not a flip of the float's sign bit: compiled
     # loops take integers apart as floats through memory.
     shifts = 31 - torch.arange(32, dtype=torch.int32, device=words.device)
-    return torch.where(words << shifts < 0, -scale, scale)
+    return torch.where(words.unsqueeze(-1) << shifts < 0, -1.0, 1.0)
 
 
 def _log(u: Tensor) -> Tensor:
@@ -70,13 +69,13 @@ def _log(u: Tensor) -> Tensor:
     return (f + tail) + exponent * 0.693359375
 
 
-def _gaussian(header: Tensor, tiles: int, scale: Tensor) -> Tensor:
-    """float32 `[tiles, 2, 256]` (cosine or sine, pair): `scale` times standard normals, by Box-Muller.
+def _gaussian(words: Tensor) -> Tensor:
+    """float32 `[tiles, 2, 256]` (cosine or sine, pair) of int32 `[tiles, 512]`, by Box-Muller.
 
     Radius and angle each take 32 random bits; |z| < 6.8. The polynomials for sine and cosine on
     [-pi/4, pi/4] are those of Cephes `sinf` and `cosf`.
     """
-    radial, angular = generator.words(header, tiles, 128).view(-1, 2, 256).unbind(1)
+    radial, angular = words[:, :256], words[:, 256:]
     # A 32-bit word as float32, moved into (0, 1): int32 is signed, hence the 0.5.
     u = radial.to(torch.float32) * 2.0**-32 + (0.5 + 2.0**-33)
     square = _log(torch.clamp(u, min=2.0**-33, max=1.0 - 2.0**-24)) * -2.0
@@ -93,37 +92,41 @@ def _gaussian(header: Tensor, tiles: int, scale: Tensor) -> Tensor:
     swap, flip = (quadrant & 1) == 1, (quadrant & 2) == 2
     x, y = torch.where(swap, -sine, cosine), torch.where(swap, cosine, sine)
     radius = torch.where(flip, -radius, radius)
-    return torch.stack((radius * x, radius * y), dim=1) * scale
+    return torch.stack((radius * x, radius * y), dim=1)
 
 
-_EXPAND: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
+_EXPAND: dict[str, Callable[[Tensor], Tensor]] = {
     "rademacher": _rademacher,
     "gaussian": _gaussian,
 }
 
 
+def _unit(headers: Tensor, tiles: int | Tensor, law: str) -> list[Tensor]:
+    """For each header, z of these tiles."""
+    return [_EXPAND[law](words) for words in generator.words(headers, tiles, _TILES[law][1]).unbind(1)]
+
+
 # The uses of noise, each one read and one write per element when compiled. Tensors come in tiles.
-def _shift(out: Tensor, weight: Tensor, headers: Tensor, scales: Tensor, law: str) -> None:
-    z = _EXPAND[law](headers[0], out.shape[0], scales[0])
-    out.copy_((weight.to(torch.float32) + z).to(out.dtype))
-
-
-def _accumulate(out: Tensor, headers: Tensor, scales: Tensor, law: str) -> None:
-    total = out
-    for header, scale in zip(headers, scales, strict=True):
-        total = total + _EXPAND[law](header, out.shape[0], scale)
-    out.copy_(total)
+def _shift(*arguments: Any) -> None:
+    *outs, weight, headers, scales, law = arguments
+    (z,), exact = _unit(headers, weight.shape[0], law), weight.to(torch.float32)
+    for out, scale in zip(outs, scales, strict=True):
+        out.copy_((exact + z * scale).to(out.dtype))
 
 
 def _combine(out: Tensor, *arguments: Any) -> None:
-    *inputs, headers, scales, law, function, options = arguments
-    z = _EXPAND[law](headers[0], out.shape[0], scales[0])
-    out.copy_(function(z, *options, *inputs))
+    *inputs, headers, scales, law, onto, function, options = arguments
+    parts = [z * scale for z, scale in zip(_unit(headers, out.shape[0], law), scales, strict=True)]
+    total = out + parts[0] if onto else parts[0]
+    for part in parts[1:]:
+        total = total + part
+    out.copy_(function(total, *options, *inputs) if function else total)
 
 
 _TILES = {"rademacher": ((4, 32), 1), "gaussian": ((2, 256), 128)}
-_SHIFT = {law: Kernel(_shift, *tile) for law, tile in _TILES.items()}
-_ACCUMULATE = {law: Kernel(_accumulate, *tile) for law, tile in _TILES.items()}
+_SHIFT = {
+    (law, sides): Kernel(_shift, *tile, outputs=sides) for law, tile in _TILES.items() for sides in (1, 2)
+}
 _COMBINE = {law: Kernel(_combine, *tile) for law, tile in _TILES.items()}
 
 
@@ -160,22 +163,49 @@ class Noise:
         return out
 
     def shift(
-        self, out: Tensor, weight: Tensor, name: str, step: int, direction: int, offset: int, scale: float
+        self,
+        outs: Sequence[Tensor],
+        weight: Tensor,
+        name: str,
+        step: int,
+        direction: int,
+        offset: int,
+        scales: Sequence[float],
     ) -> None:
-        """`out = weight + scale * z` in float32 arithmetic, rounded once to `out.dtype`.
+        """`out = weight + scale * z` for one or two outs, in float32, rounded once to their dtype.
 
-        `out` and `weight` must not share memory.
+        Two cost one reading of the weight and one z. `outs` and `weight` must not share memory.
         """
-        self._add_noise(_SHIFT[self.law], (out, weight), name, step, [(direction, scale)], offset)
+        kernel = _SHIFT[self.law, len(outs)]
+        self._add_noise(kernel, (*outs, weight), name, step, [direction], scales, offset)
+
+    def shift_rows(
+        self, table: Tensor, rows: Tensor, name: str, step: int, direction: int, scale: float
+    ) -> Tensor:
+        """`[len(rows), width]`: rows of a matrix, shifted as `shift` shifts them in the whole.
+
+        Eagerly, so for few rows: some 30 passes over what is returned.
+        """
+        width, unit = table.shape[1], math.prod(_TILES[self.law][0])
+        header = self._headers(name, step, NOISE, [direction], 0, table.device)
+        spread = torch.arange(-(-width // unit) + 1, device=table.device)
+        columns = torch.arange(width, device=table.device)
+        out = table.new_empty(len(rows), width)
+        for start in range(0, len(rows), max(1, EAGER_CHUNK // width)):
+            some = rows[start : start + max(1, EAGER_CHUNK // width)].to(torch.int64)
+            first = some * width
+            tiles = (first // unit).unsqueeze(1) + spread
+            (z,) = _unit(header, tiles.flatten(), self.law)
+            z = z.view(len(some), -1).gather(1, (first % unit).unsqueeze(1) + columns)
+            shifted = table[some].to(torch.float32) + z * torch.tensor(scale, device=table.device)
+            out[start : start + len(some)] = shifted
+        return out
 
     def accumulate(
         self, out: Tensor, name: str, step: int, terms: Sequence[tuple[int, float]], offset: int
     ) -> None:
         """`out += scale * z` for each `(direction, scale)` in order, on a float32 tensor."""
-        whole = len(terms) // GROUP * GROUP
-        groups = [terms[i : i + GROUP] for i in range(0, whole, GROUP)]
-        for group in groups + [terms[i : i + 1] for i in range(whole, len(terms))]:
-            self._add_noise(_ACCUMULATE[self.law], (out,), name, step, group, offset)
+        self._combine(out, (), name, step, terms, offset, True, None, ())
 
     def combine(
         self,
@@ -183,23 +213,47 @@ class Noise:
         inputs: Sequence[Tensor],
         name: str,
         step: int,
-        term: tuple[int, float],
+        terms: Sequence[tuple[int, float]],
         offset: int,
         function: Callable[..., Tensor],
         options: tuple[object, ...],
     ) -> None:
-        """`out = function(scale * z, *options, *inputs)` in one pass, on a float32 tensor.
+        """`out = function(total, *options, *inputs)`, `total` being the sum of `scale * z` in order.
 
+        On float32 `out`, in one pass for up to `GROUP` terms, and one pass for every `GROUP` more.
         `function` works element by element; `inputs` are as long as `out`.
         """
-        self._add_noise(_COMBINE[self.law], (out, *inputs), name, step, [term], offset, function, options)
+        onto, last = len(terms) > 1, (len(terms) - 1) // GROUP * GROUP
+        if onto:
+            out.zero_()
+        self.accumulate(out, name, step, terms[:last], offset)
+        self._combine(out, inputs, name, step, terms[last:], offset, onto, function, options)
+
+    def _combine(
+        self,
+        out: Tensor,
+        inputs: Sequence[Tensor],
+        name: str,
+        step: int,
+        terms: Sequence[tuple[int, float]],
+        offset: int,
+        onto: bool,
+        *more: object,
+    ) -> None:
+        for i in range(0, len(terms), GROUP):
+            group = list(terms[i : i + GROUP])
+            if self.fused and onto:
+                # Filled up with zeros, which change no sum, so that one kernel serves.
+                group += [(group[0][0], 0.0)] * (GROUP - len(group))
+            directions, scales = [d for d, _ in group], [s for _, s in group]
+            kernel = _COMBINE[self.law]
+            self._add_noise(kernel, (out, *inputs), name, step, directions, scales, offset, onto, *more)
 
     def round(self, out: Tensor, exact: Tensor, name: str, step: int, offset: int) -> None:
         """Write float32 `exact` to a 16-bit `out`, up or down so that the mean is `exact`."""
 
         def arguments(block: int) -> tuple[object, ...]:
-            header = self._headers(name, step, ROUNDING, [0], block, out.device)[0]
-            return header, factors(out.device)
+            return self._headers(name, step, ROUNDING, [0], block, out.device), factors(out.device)
 
         run(STOCHASTIC[out.dtype], (out, exact), offset, arguments, fused=self.fused)
 
@@ -223,9 +277,9 @@ class Noise:
 
     def uniforms(self, name: str, step: int, direction: int, numel: int) -> list[float]:
         """`numel` float64 uniforms in [0, 1), 53 bits each: the stream samplers draw arms from."""
-        header = self._headers(name, step, DRAW, [direction], 0, torch.device("cpu"))[0]
-        words = generator.words(header, 1, numel // 2 + 1).reshape(-1)[: 2 * numel].to(torch.int64)
-        high, low = (words & generator.MASK).reshape(-1, 2).unbind(-1)
+        header = self._headers(name, step, DRAW, [direction], 0, torch.device("cpu"))
+        words = torch.stack(generator.blocks(header, 1, numel // 2 + 1), dim=-1).reshape(-1, 2)[:numel]
+        high, low = words.unbind(-1)
         return (((high >> 5) * 2**26 + (low >> 6)).to(torch.float64) * 2.0**-53).tolist()
 
     def _add_noise(
@@ -234,23 +288,23 @@ class Noise:
         tensors: tuple[Tensor, ...],
         name: str,
         step: int,
-        terms: Sequence[tuple[int, float]],
+        directions: Sequence[int],
+        scales: Sequence[float],
         offset: int,
         *more: object,
     ) -> None:
         device = tensors[0].device
-        scales = torch.tensor([scale for _, scale in terms], dtype=torch.float32, device=device)
-        directions = [direction for direction, _ in terms]
+        factors = torch.tensor(scales, dtype=torch.float32, device=device)
 
         def arguments(block: int) -> tuple[object, ...]:
-            return self._headers(name, step, NOISE, directions, block, device), scales, self.law, *more
+            return self._headers(name, step, NOISE, directions, block, device), factors, self.law, *more
 
         run(kernel, tensors, offset, arguments, fused=self.fused)
 
     def _headers(
         self, name: str, step: int, stream: int, directions: Sequence[int], block: int, device: torch.device
     ) -> Tensor:
-        """int64 `[directions, 23]`, one header of `generator.words` for each direction."""
+        """int64 `[directions, 23]`, a header of `generator.words` for each direction."""
         schedule = self._schedules.get(name)
         if schedule is None:
             schedule = self._schedules[name] = generator.key_schedule(generator.stream_key(self.seed, name))

@@ -35,6 +35,13 @@ class Probe:
 
 
 Live = Sequence[tuple[Probe, int]]  # the probes that an input carries along dim 0, with their rows
+Copies = list[tuple[Owner, Tensor]] | None  # shifted parameters; None where rows are shifted as looked up
+
+# Owners of so many elements are shifted for both sides at once; above, one copy less counts for more.
+_PAIRED = 1 << 24
+
+# An embedding of at least so many rows for each token is shifted where it is looked up.
+_FEW = 8
 
 
 class ModulePerturbation:
@@ -103,10 +110,11 @@ class ModulePerturbation:
             names = {param.name for _, param in self._owned[owner]}
             if not any(names & probe.drawn for probe, _ in self._live):
                 return forward(*args, **kwargs)
+            lookup = _is_lookup(forward, args, kwargs)
             if len(self._live) == 1:
-                with self._shifted(owner, self._live[0][0]):
-                    return self._detached(forward(*args, **kwargs))
-            return self._split(owner, names, forward, args, kwargs)
+                with self._shifted(owner, [self._live[0][0]], lookup) as (copies,):
+                    return self._run(owner, self._live[0][0], copies, forward, args, kwargs)
+            return self._split(owner, names, lookup, forward, args, kwargs)
 
         return run
 
@@ -114,6 +122,7 @@ class ModulePerturbation:
         self,
         owner: nn.Module,
         names: set[str],
+        lookup: bool,
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -126,58 +135,99 @@ class ModulePerturbation:
         where = type(owner).__name__ + " of " + sorted(names)[0]
         leaves, spec = pytree.tree_flatten((args, kwargs))
         takes_rows = [_rows_per_row(leaf, bounds[-1], where) for leaf in leaves]
+        merged = _Merged(bounds, any(takes_rows), where)
+
+        def run(group: list[int], copies: Copies) -> None:
+            ranges = [(bounds[i], bounds[i + 1]) for i in group]
+            taken = [_take(leaf, n, ranges) for leaf, n in zip(leaves, takes_rows, strict=True)]
+            piece_args, piece_kwargs = pytree.tree_unflatten(taken, spec)
+            self._live = tuple(live[i] for i in group)
+            merged.put(group, self._run(owner, live[group[0]][0], copies, forward, piece_args, piece_kwargs))
+
         others = [i for i, (probe, _) in enumerate(live) if not names & probe.drawn]
-        groups = [[i] for i in range(len(live)) if i not in others] + ([others] if others else [])
-        outputs: list[list[Any]] = [[] for _ in live]
         try:
-            for group in groups:
-                inputs = [
-                    _take(leaf, per_row, [(bounds[i], bounds[i + 1]) for i in group])
-                    for leaf, per_row in zip(leaves, takes_rows, strict=True)
-                ]
-                piece_args, piece_kwargs = pytree.tree_unflatten(inputs, spec)
-                self._live = tuple(live[i] for i in group)
-                with self._shifted(owner, live[group[0]][0]):
-                    out = self._detached(forward(*piece_args, **piece_kwargs))
-                flat, out_spec = pytree.tree_flatten(out)
-                group_rows = [live[i][1] for i in group]
-                batched = any(takes_rows)
-                parts = [_give(leaf, group_rows, batched, where) for leaf in flat]
-                for j, i in enumerate(group):
-                    outputs[i] = [part[j] for part in parts]
+            for sides in self._sides(owner, [i for i in range(len(live)) if i not in others]):
+                with self._shifted(owner, [live[i][0] for i in sides], lookup) as all_copies:
+                    for i, copies in zip(sides, all_copies, strict=True):
+                        run([i], copies)
+            if others:
+                run(others, [])
         finally:
             self._live = live
-        merged = [_merge([outputs[i][k] for i in range(len(live))]) for k in range(len(outputs[0]))]
-        return pytree.tree_unflatten(merged, out_spec)
+        return merged.result()
 
-    @contextmanager
-    def _shifted(self, owner: nn.Module, probe: Probe) -> Iterator[None]:
-        """Point the owner's drawn parameters at shifted scratch copies; point them back on leaving."""
-        stored: list[tuple[Owner, Any]] = []
-        depth = self._depth
+    def _sides(self, owner: nn.Module, drawn: list[int]) -> list[list[int]]:
+        """The drawn probes, two at a time where these are the two sides of a direction."""
+        directions = [self._live[i][0].direction for i in drawn]
+        if sum(param.shape.numel() for _, param in self._owned[owner]) > _PAIRED:
+            return [[i] for i in drawn]
+        groups: list[list[int]] = []
+        for i, direction in zip(drawn, directions, strict=True):
+            if groups and len(groups[-1]) == 1 and self._live[groups[-1][0]][0].direction == direction:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
+
+    def _run(
+        self,
+        owner: nn.Module,
+        probe: Probe,
+        copies: Copies,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The owner's output with its parameters pointed at `copies`; they are pointed back after."""
+        if copies is None:
+            return self._looked_up(owner, probe, args[0])
+        stored = [(place, place.holder._parameters[place.attribute]) for place, _ in copies]
         try:
-            for place, param in self._owned[owner]:
-                if param.name not in probe.drawn:
-                    continue
-                weight = place.holder._parameters[place.attribute]
-                if weight is None or weight.shape != param.shape or hasattr(weight, "placements"):
-                    raise RuntimeError(
-                        f"parameter {param.name} is not whole while its owner runs; call the model "
-                        "through the object that shards it, not a submodule of it"
-                    )
-                whole = weight.detach().reshape(-1)
-                copy = self._take_scratch(whole)
-                self._noise.shift(
-                    copy, whole, param.name, self._step, probe.direction, 0, probe.sign * self._eps
-                )
-                stored.append((place, weight))
+            for place, copy in copies:
                 # A plain tensor: autocast caches casts of parameters, and would serve a stale one.
-                place.holder._parameters[place.attribute] = copy.view(param.shape)  # type: ignore[assignment]
-            yield
+                place.holder._parameters[place.attribute] = copy  # type: ignore[assignment]
+            return self._detached(forward(*args, **kwargs))
         finally:
             for place, weight in stored:
                 place.holder._parameters[place.attribute] = weight
+
+    @contextmanager
+    def _shifted(self, owner: nn.Module, probes: Sequence[Probe], lookup: bool) -> Iterator[list[Copies]]:
+        """For each of one direction's probes, shifted scratch copies of the owner's drawn parameters."""
+        copies: list[list[tuple[Owner, Tensor]]] = [[] for _ in probes]
+        depth = self._depth
+        try:
+            for place, param in self._owned[owner]:
+                if lookup or param.name not in probes[0].drawn:
+                    continue
+                whole = self._whole(place, param).reshape(-1)
+                outs = [self._take_scratch(whole) for _ in probes]
+                scales = [probe.sign * self._eps for probe in probes]
+                self._noise.shift(outs, whole, param.name, self._step, probes[0].direction, 0, scales)
+                for mine, out in zip(copies, outs, strict=True):
+                    mine.append((place, out.view(param.shape)))
+            yield [None] * len(probes) if lookup else list(copies)
+        finally:
             self._depth = depth
+
+    def _looked_up(self, owner: nn.Module, probe: Probe, ids: Tensor) -> Tensor:
+        """What a drawn nn.Embedding returns: the rows that are looked up are shifted, and no others."""
+        ((place, param),) = self._owned[owner]
+        table = self._whole(place, param)
+        if param.name not in probe.drawn:
+            return nn.functional.embedding(ids, table)
+        scale = probe.sign * self._eps
+        rows = self._noise.shift_rows(table, ids.reshape(-1), param.name, self._step, probe.direction, scale)
+        return rows.view(*ids.shape, -1)
+
+    def _whole(self, place: Owner, param: Param) -> Tensor:
+        weight = place.holder._parameters[place.attribute]
+        if weight is None or weight.shape != param.shape or hasattr(weight, "placements"):
+            raise RuntimeError(
+                f"parameter {param.name} is not whole while its owner runs; call the model "
+                "through the object that shards it, not a submodule of it"
+            )
+        return weight.detach()
 
     def _take_scratch(self, like: Tensor) -> Tensor:
         """A flat buffer like `like`; buffers stack up while owners nest and are reused after."""
@@ -230,23 +280,51 @@ def _take(leaf: Any, per_row: int, ranges: list[tuple[int, int]]) -> Any:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _give(leaf: Any, rows: list[int], batched: bool, where: str) -> list[Any]:
-    """One part of an output leaf for each probe of a group."""
-    if not isinstance(leaf, Tensor):
-        return [leaf] * len(rows)
-    if batched and leaf.ndim and leaf.shape[0] % sum(rows) == 0:
-        per_row = leaf.shape[0] // sum(rows)
-        return list(torch.split(leaf, [r * per_row for r in rows]))
-    if not batched and leaf.ndim and leaf.shape[0] == 1:
-        return [leaf.expand(r, *leaf.shape[1:]) for r in rows]
-    raise RuntimeError(
-        f"{where} returned a tensor of shape {tuple(leaf.shape)}, which is not one part per row; "
-        "evaluate one probe at a time with step(closure), or use perturb: shard"
-    )
+def _is_lookup(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Is this torch's own embedding, asked for few of its rows?"""
+    if getattr(forward, "__func__", None) is not nn.Embedding.forward or len(args) != 1 or kwargs:
+        return False
+    embedding: nn.Embedding = forward.__self__  # type: ignore[attr-defined]
+    return embedding.max_norm is None and args[0].numel() * _FEW <= embedding.num_embeddings
 
 
-def _merge(parts: list[Any]) -> Any:
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+class _Merged:
+    """The outputs of an owner's runs, put where the probes' rows belong as they come."""
+
+    def __init__(self, bounds: list[int], batched: bool, where: str) -> None:
+        self._bounds, self._batched, self._where = bounds, batched, where
+        self._leaves: list[Any] = []
+
+    def put(self, group: list[int], out: Any) -> None:
+        """Take over the output for the rows of these probes, one after another."""
+        flat, self._spec = pytree.tree_flatten(out)
+        rows = [self._bounds[i + 1] - self._bounds[i] for i in group]
+        for k, leaf in enumerate(flat):
+            parts = self._parts(leaf, rows)
+            if k == len(self._leaves):
+                shape = (self._bounds[-1] * (parts[0].shape[0] // rows[0]), *leaf.shape[1:]) if parts else ()
+                self._leaves.append(leaf.new_empty(shape) if parts else leaf)
+            for i, part in zip(group, parts, strict=bool(parts)):
+                per_row = part.shape[0] // (self._bounds[i + 1] - self._bounds[i])
+                self._leaves[k][self._bounds[i] * per_row : self._bounds[i + 1] * per_row] = part
+
+    def result(self) -> Any:
+        """The owner's output for all rows; what is no tensor comes from the first run."""
+        return pytree.tree_unflatten(self._leaves, self._spec)
+
+    def _parts(self, leaf: Any, rows: list[int]) -> list[Tensor]:
+        """One part of an output leaf for each probe of a group; none of what is no tensor."""
+        if not isinstance(leaf, Tensor):
+            return []
+        if self._batched and leaf.ndim and leaf.shape[0] % sum(rows) == 0:
+            per_row = leaf.shape[0] // sum(rows)
+            return list(torch.split(leaf, [r * per_row for r in rows]))
+        if not self._batched and leaf.ndim and leaf.shape[0] == 1:
+            return [leaf.expand(r, *leaf.shape[1:]) for r in rows]
+        raise RuntimeError(
+            f"{self._where} returned a tensor of shape {tuple(leaf.shape)}, which is not one part per row; "
+            "evaluate one probe at a time with step(closure), or use perturb: shard"
+        )
 
 
 class ShardPerturbation:
@@ -266,13 +344,13 @@ class ShardPerturbation:
         try:
             for span, clean in zip(spans, snapshot, strict=bool(snapshot)):
                 self._noise.shift(
-                    span.flat,
+                    [span.flat],
                     clean,
                     span.name,
                     self._step,
                     probe.direction,
                     span.offset,
-                    probe.sign * self._eps,
+                    [probe.sign * self._eps],
                 )
             self._show()
             yield

@@ -8,12 +8,11 @@ cache, applies the rule, rounds once and writes once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from zo_dist.kernels import compiled
 from zo_dist.noise import GROUP, Noise
 from zo_dist.params import Param, Span
 
@@ -23,9 +22,6 @@ ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 # Elements per pass and core: their float32 sums stay in its cache over all directions. A GPU takes
 # more at once, because a call takes it less time than it takes the processor to ask for it.
 _CHUNK, _GPU_CHUNK = 1 << 20, 1 << 24
-
-# Below, calling what is compiled takes longer than the few operations that it replaces.
-_WORTH_COMPILING = 1 << 14
 
 
 class SGD:
@@ -109,12 +105,6 @@ def _new_weights(
     return rule.apply(weight, estimate, lr, decays)
 
 
-def _apply(out: Tensor, *arguments: Any) -> None:
-    """`out` comes as the estimate, and leaves as the new weights."""
-    *inputs, lr, rule, decays = arguments
-    out.copy_(_new_weights(out, lr, rule, decays, *inputs))
-
-
 def update_span(
     span: Span,
     param: Param,
@@ -139,24 +129,20 @@ def update_span(
         exact = rounding.scratch(flat)
         lost = rounding.lost_of(span.name, start, flat.numel())
         inputs = (flat,) if lost is None else (flat, lost)
-        if len(terms) == 1:
-            noise.combine(exact, inputs, span.name, step, terms[0], offset, _new_weights, options)
-        else:
-            noise.accumulate(exact.zero_(), span.name, step, terms, offset)
-            fused = noise.fused and flat.numel() >= _WORTH_COMPILING
-            apply = compiled(_apply, 1 + len(inputs)) if fused else _apply
-            apply(exact, *(t.data for t in inputs), *options)
+        noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, options)
         rounding.write(flat, exact, lost, span.name, step, offset)
 
 
 def use_each_kernel(weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int) -> None:
     """Shift and update flat scratch `weights` in each way that a run will, so that all is compiled."""
-    noise.shift(torch.empty_like(weights), weights, "", 0, 0, 0, 0.0)
+    outs = [torch.empty_like(weights), torch.empty_like(weights)]
+    noise.shift(outs, weights, "", 0, 0, 0, [0.0, 0.0])
+    noise.shift(outs[:1], weights, "", 0, 0, 0, [0.0])
     span, matrix = Span("", weights, 0), nn.Parameter(weights.view(-1, 1), requires_grad=False)
     rounding = Rounding16(mode, noise)
     rounding.begin([span])
-    # An arm may be drawn by any number of directions: one has a kernel, others go singly or in groups.
-    for count in (1, 2, GROUP):
+    # An arm may be drawn by any number of directions: one, a group or less, or more.
+    for count in (1, 2, GROUP + 1):
         if count <= directions:
             terms = [(0, 0.0)] * count
             update_span(

@@ -35,22 +35,22 @@ def factors(device: torch.device) -> Tensor:
     return torch.tensor(signed, device=device).unsqueeze(-1)
 
 
-def _random_bits(header: Tensor, tiles: int, factors: Tensor) -> Tensor:
+def _random_bits(headers: Tensor, tiles: int, factors: Tensor) -> Tensor:
     """int64 `[tiles, 32, 16]`: two uniform 16-bit numbers in each, at bits 0 and 32."""
-    x0, x1, x2, x3 = generator.blocks(header, tiles, _BLOCKS)
+    x0, x1, x2, x3 = (x[:, 0] for x in generator.blocks(headers, tiles, _BLOCKS))
     words = torch.cat((x0 | x1 << 32, x2 | x3 << 32), dim=1).unsqueeze(1)
     return (words * factors) >> 16 & _BOTH_LOW_HALVES
 
 
-def _to_bfloat16(out: Tensor, exact: Tensor, header: Tensor, factors: Tensor) -> None:
+def _to_bfloat16(out: Tensor, exact: Tensor, headers: Tensor, factors: Tensor) -> None:
     """bfloat16 is the upper half of float32: a carry out of the lower half rounds up."""
-    total = exact + _random_bits(header, out.shape[0], factors)
+    total = exact + _random_bits(headers, out.shape[0], factors)
     pair = (total >> 16 & 0xFFFF) | (total >> 32 & -0x10000)
     out.copy_(pair.to(torch.int32))
 
 
-def _to_float16(out: Tensor, exact: Tensor, header: Tensor, factors: Tensor) -> None:
-    bits = _random_bits(header, out.shape[0], factors)
+def _to_float16(out: Tensor, exact: Tensor, headers: Tensor, factors: Tensor) -> None:
+    bits = _random_bits(headers, out.shape[0], factors)
     low = _one_to_float16((exact << 32 >> 32).to(torch.int32), (bits & 0xFFFF).to(torch.int32))
     high = _one_to_float16((exact >> 32).to(torch.int32), (bits >> 32).to(torch.int32))
     out.copy_((low & 0xFFFF) | (high << 16))
