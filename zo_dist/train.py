@@ -57,6 +57,27 @@ def prepare(config: Config, ranks: Engine) -> Prepared:
     return Prepared(model, tokenizer, data)
 
 
+def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
+    """The optimizer that the config's `optimizer` section describes. Every rank must call it."""
+    settings = config.optimizer
+    return ZeroOrder(
+        model,
+        lr=settings.lr,
+        eps=settings.eps,
+        sampler=settings.sampler.build(),
+        estimator=settings.build_estimator(),
+        rule=settings.build_rule(),
+        directions=settings.directions,
+        perturb=settings.perturb,
+        noise=settings.noise,
+        rounding=settings.rounding,
+        seed=settings.seed,
+        max_skipped=settings.max_skipped,
+        self_check=settings.self_check,
+        compile=settings.compile,
+    )
+
+
 def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
     """A whole run; returns its result, the same on every rank. Every rank must call it.
 
@@ -66,22 +87,7 @@ def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
     the test before and after.
     """
     prepared = prepare(config, ranks)
-    optimizer = ZeroOrder(
-        prepared.model,
-        lr=config.optimizer.lr,
-        eps=config.optimizer.eps,
-        sampler=config.optimizer.sampler.build(),
-        estimator=config.optimizer.build_estimator(),
-        rule=config.optimizer.build_rule(),
-        directions=config.optimizer.directions,
-        perturb=config.optimizer.perturb,
-        noise=config.optimizer.noise,
-        rounding=config.optimizer.rounding,
-        seed=config.optimizer.seed,
-        max_skipped=config.optimizer.max_skipped,
-        self_check=config.optimizer.self_check,
-        compile=config.optimizer.compile,
-    )
+    optimizer = build_optimizer(config, prepared.model)
     engine, data, output = optimizer.engine, prepared.data, Path(config.train.output)
     with engine.jointly():
         if engine.rank == 0:

@@ -1,0 +1,251 @@
+"""Loss and accuracy against training time, on the quickstart's model and sentences, in one process.
+
+    python -m benchmarks.accuracy [--seeds 0 1 2] [--methods ...] [--json FILE] [--plot FILE]
+
+The runs of a seed take turns, the one with the least time on its clock next, so that a slower moment of
+the machine hits all. A clock runs during steps only, not while loading, compiling or evaluating. MeZO
+as published runs for `--published-steps`, the others for `--seconds`; the table says when each of them
+came to the test cross-entropy that MeZO as published ended with, if that ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.published import PublishedMeZO
+from zo_dist import ZeroOrder
+from zo_dist.batches import StepBatches
+from zo_dist.config import Config, load_config
+from zo_dist.engines import Engine, initialize_process_group, select
+from zo_dist.evaluate import evaluate
+from zo_dist.schedule import make_scheduler
+from zo_dist.tasks import choice_loss
+from zo_dist.train import Prepared, build_optimizer, prepare
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+
+ALL_WEIGHTS = ["model.parameters=null", "data.length_pool=1", "train.rows=16", "train.schedule=constant"]
+ALL_WEIGHTS += ["optimizer.eps=1e-3", "optimizer.rounding=stochastic"]
+
+# What each run changes of configs/quickstart.yaml.
+METHODS = {
+    # float32 weights and bfloat16 products: the best of the learning rates tried for it.
+    "mezo_published": [*ALL_WEIGHTS, "model.dtype=float32", "optimizer.lr=8e-6"],
+    "mezo": [*ALL_WEIGHTS, "optimizer.lr=8e-6", "optimizer.directions=1", "optimizer.sampler={name: dense}"],
+    "lezo": [
+        *(*ALL_WEIGHTS, "optimizer.lr=2e-5", "optimizer.directions=1"),
+        "optimizer.sampler={name: uniform, sparsity: 0.75}",
+    ],
+    "adalezo": [
+        *(*ALL_WEIGHTS, "optimizer.lr=2e-5", "optimizer.directions=1"),
+        "optimizer.sampler={name: adalezo, ratio: 0.2}",
+    ],
+    "adalezo:4": [
+        *(*ALL_WEIGHTS, "optimizer.lr=4e-5", "optimizer.directions=4"),
+        "optimizer.sampler={name: adalezo, ratio: 0.2}",
+    ],
+    "quickstart": [],
+}
+
+
+class Run:
+    """One method and seed: its weights, its clock, and what it scored when."""
+
+    def __init__(self, method: str, seed: int, arguments: argparse.Namespace, engine: Engine) -> None:
+        self.method, self.seed = method, seed
+        self.seconds, self.steps = 0.0, 0
+        self.records: list[dict[str, Any]] = []
+        config = load_config(
+            QUICKSTART,
+            [
+                *METHODS[method],
+                *("engine.kind=replicated", f"optimizer.seed={seed}", f"data.seed={seed}"),
+                f"data.test={arguments.test}",
+            ],
+        )
+        self.prepared = prepare(config, engine)
+        published = method == "mezo_published"
+        self._limits = (arguments.published_steps, float("inf"))
+        if not published:
+            self._limits = (10**9, arguments.seconds)
+        self._eval_seconds = arguments.published_eval_seconds if published else arguments.eval_seconds
+        self._step = published_step(config, self.prepared) if published else our_step(config, self.prepared)
+        self._score()
+
+    @property
+    def over(self) -> bool:
+        return self.steps >= self._limits[0] or self.seconds >= self._limits[1]
+
+    def advance(self) -> None:
+        """One step, and a score when it is due."""
+        start = time.perf_counter()
+        self._step(self.steps)
+        self.seconds += time.perf_counter() - start
+        self.steps += 1
+        if self.over or self.seconds >= self._next_score:
+            self._score()
+
+    def _score(self) -> None:
+        self._next_score = self.seconds + self._eval_seconds
+        data = self.prepared.data
+        engine = select(self.prepared.model)
+        score = evaluate(engine, data.test, micro_rows=64, pad_id=data.pad_id, fast=data.fast)
+        record = {"method": self.method, "seed": self.seed, "step": self.steps, "seconds": self.seconds}
+        record.update(accuracy=score.accuracy, loss=score.loss)
+        self.records.append(record)
+        print(json.dumps(record), flush=True)
+
+
+def batches_of(config: Config, prepared: Prepared) -> StepBatches:
+    return StepBatches(
+        prepared.data.train,
+        rows_per_step=config.train.rows,
+        micro_rows=None,
+        length_pool=config.data.length_pool,
+        seed=config.data.seed,
+        rank=0,
+        num_ranks=1,
+        pad_id=prepared.data.pad_id,
+        fast=prepared.data.fast,
+        device=torch.device("cpu"),
+    )
+
+
+def our_step(config: Config, prepared: Prepared) -> Callable[[int], object]:
+    optimizer: ZeroOrder = build_optimizer(config, prepared.model)
+    scheduler = make_scheduler(optimizer, config.train)
+    batches = batches_of(config, prepared)
+    optimizer.prepare(batches[0][0], choice_loss)
+
+    def step(number: int) -> None:
+        optimizer.step_batch(batches[number], choice_loss)
+        scheduler.step()
+
+    return step
+
+
+def published_step(config: Config, prepared: Prepared) -> Callable[[int], object]:
+    model: nn.Module = prepared.model.eval()
+    settings = config.optimizer
+    published = PublishedMeZO(model, settings.lr, settings.eps, settings.seed)
+    batches = batches_of(config, prepared)
+
+    def step(number: int) -> None:
+        (batch,) = batches[number]
+
+        def loss() -> float:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                return float(choice_loss(model, batch).mean())
+
+        published.step(loss)
+
+    return step
+
+
+def time_to(loss: float, records: list[dict[str, Any]]) -> float | None:
+    """Seconds to the first score of at most `loss`, on a straight line from the one before."""
+    before = records[0]
+    for record in records[1:]:
+        if record["loss"] <= loss:
+            share = (before["loss"] - loss) / (before["loss"] - record["loss"])
+            return float(before["seconds"] + share * (record["seconds"] - before["seconds"]))
+        before = record
+    return None
+
+
+def main() -> None:
+    arguments = parse()
+    engine = Engine(nn.Identity(), initialize_process_group())
+    records = [record for seed in arguments.seeds for record in run_seed(seed, arguments, engine)]
+    show(records)
+    if arguments.json:
+        Path(arguments.json).write_text("".join(json.dumps(r) + "\n" for r in records))
+    if arguments.plot:
+        plot(records, Path(arguments.plot))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=240.0, help="of steps, for each run of ours")
+    parser.add_argument("--published-steps", type=int, default=200)
+    parser.add_argument("--test", type=int, default=500, help="test sentences per score")
+    parser.add_argument("--eval-seconds", type=float, default=20.0, help="of steps, between scores")
+    parser.add_argument("--published-eval-seconds", type=float, default=240.0)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE.png")
+    return parser.parse_args()
+
+
+def run_seed(seed: int, arguments: argparse.Namespace, engine: Engine) -> Iterator[dict[str, Any]]:
+    runs = [Run(method, seed, arguments, engine) for method in arguments.methods]
+    while waiting := [run for run in runs if not run.over]:
+        min(waiting, key=lambda run: run.seconds).advance()
+    for run in runs:
+        yield from run.records
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    """A table for people, in GitHub's form; means over the seeds."""
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for record in records:
+        runs.setdefault((record["method"], record["seed"]), []).append(record)
+    targets = {seed: run[-1] for (method, seed), run in runs.items() if method == "mezo_published"}
+    print(
+        "| method | seeds | steps | seconds | accuracy | cross-entropy | seconds to the published | times |"
+    )
+    print("|---" * 8 + "|")
+    for method in dict.fromkeys(record["method"] for record in records):
+        of_seed = {seed: run for (name, seed), run in runs.items() if name == method}
+        ends = [run[-1] for run in of_seed.values()]
+        cells = [method, str(len(ends))]
+        cells += [f"{statistics.mean(e[key] for e in ends):.0f}" for key in ("step", "seconds")]
+        cells += [f"{statistics.mean(e[key] for e in ends):.3f}" for key in ("accuracy", "loss")]
+        reached = {
+            seed: time_to(targets[seed]["loss"], run) for seed, run in of_seed.items() if seed in targets
+        }
+        times = {seed: t for seed, t in reached.items() if t}
+        if times and len(times) == len(reached):
+            cells += [f"{statistics.mean(times.values()):.0f}"]
+            cells += [f"1/{statistics.mean(targets[seed]['seconds'] / t for seed, t in times.items()):.1f}"]
+        else:
+            cells += [f"{len(times)} of {len(reached)} came there" if reached else "", ""]
+        print("| " + " | ".join(cells) + " |")
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
+        for color, method in enumerate(methods):
+            for seed in dict.fromkeys(r["seed"] for r in records if r["method"] == method):
+                run = [r for r in records if (r["method"], r["seed"]) == (method, seed)]
+                first = seed == min(r["seed"] for r in records if r["method"] == method)
+                label = method if first else None
+                values = [r[key] for r in run]
+                axis.plot(
+                    [r["seconds"] for r in run], values, "o-", ms=2, lw=1, color=f"C{color}", label=label
+                )
+        axis.set(xlabel="training seconds", ylabel="test " + key, xscale="symlog")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
