@@ -65,37 +65,46 @@ class Subject:
     published: PublishedMeZO | None = None
 
 
-def main() -> None:
-    setting = Setting(**json.loads(sys.argv[1]))
-    device = initialize_process_group()
-    torch.manual_seed(0)
-    dtype = getattr(torch, setting.dtype)
-    # Compilers are loaded and kernels made before the model, so that they do not count as its memory.
-    compile_kernels(setting, dtype, device)
-    memory.settled()
-    before = memory.resident_bytes() if device.type == "cpu" else 0
-    module = subjects.build(setting.model, dtype).to(device)
-    num_params = sum(p.numel() for p in module.parameters())
-    vocabulary = module.config.vocab_size
-    model = shard(module, setting, device)
-    engine = select(model)
-    share = setting.rows // engine.num_ranks
-    batch = subjects.rows(share, setting.length, vocabulary, engine.rank, device)
-    stacked = {key: torch.cat([value, value]) for key, value in batch.items()}
+class Bench:
+    """The model, sharded, and each method on it. `before`: bytes in use that are not the model's."""
 
-    def forward(rows: dict[str, torch.Tensor]) -> float:
-        with torch.no_grad(), evaluating(engine.module):
-            loss = float(choice_loss(engine.module, rows).sum())
-        engine.publish()
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.device = initialize_process_group()
+        torch.manual_seed(0)
+        self.dtype = getattr(torch, setting.dtype)
+        # Compilers are loaded and kernels made before the model: they do not count as its memory.
+        compile_kernels(setting, self.dtype, self.device)
+        memory.settled()
+        self.before = memory.resident_bytes() if self.device.type == "cpu" else 0
+        module = subjects.build(setting.model, self.dtype).to(self.device)
+        self.num_params = sum(p.numel() for p in module.parameters())
+        vocabulary = module.config.vocab_size
+        model = shard(module, setting, self.device)
+        self.engine = select(model)
+        share = setting.rows // self.engine.num_ranks
+        batch = subjects.rows(share, setting.length, vocabulary, self.engine.rank, self.device)
+        self.stacked = {key: torch.cat([value, value]) for key, value in batch.items()}
+        self.subjects = [
+            make(case, setting, model, self.forward, batch, self.stacked) for case in setting.cases
+        ]
+        for subject in self.subjects:
+            subject.run()
+
+    def forward(self, rows: dict[str, torch.Tensor]) -> float:
+        with torch.no_grad(), evaluating(self.engine.module):
+            loss = float(choice_loss(self.engine.module, rows).sum())
+        self.engine.publish()
         return loss
 
-    subjects_ = [make(case, setting, model, forward, batch, stacked) for case in setting.cases]
-    for subject in subjects_:
-        subject.run()
-    seconds: dict[int, list[float]] = {i: [] for i in range(len(subjects_))}
-    parts: dict[int, list[tuple[float, float]]] = {i: [] for i in range(len(subjects_))}
+
+def main() -> None:
+    setting = Setting(**json.loads(sys.argv[1]))
+    bench = Bench(setting)
+    seconds: list[list[float]] = [[] for _ in bench.subjects]
+    parts: list[list[tuple[float, float]]] = [[] for _ in bench.subjects]
     for round_ in range(setting.rounds):
-        for i, subject in enumerate(subjects_):
+        for i, subject in enumerate(bench.subjects):
             if subject.published and round_ >= PUBLISHED_ROUNDS:
                 continue
             with timed_parts(subject) as part:
@@ -103,44 +112,36 @@ def main() -> None:
                 subject.run()
                 seconds[i].append(time.perf_counter() - start)
             parts[i].append((part["perturb"], part["update"]))
-    inference = memory.peak_bytes(lambda: forward(stacked), device) - before
-    plain = statistics.mean(seconds[[s.method for s in subjects_].index("forward")])
+    inference = memory.peak_bytes(lambda: bench.forward(bench.stacked), bench.device) - bench.before
+    plain = statistics.mean(seconds[[s.method for s in bench.subjects].index("forward")])
     lines = []
-    for i, subject in enumerate(subjects_):
-        with Counted() as counted:
-            subject.run()
-        weights, others = split(counted.calls, dtype, engine.num_ranks)
-        peak = max(memory.peak_bytes(subject.run, device) for _ in range(3)) - before
+    for i, subject in enumerate(bench.subjects):
         mean = statistics.mean(seconds[i])
         perturb, update = (statistics.mean(p[j] for p in parts[i]) for j in (0, 1))
-        lines.append(
-            {
-                "method": subject.method,
-                "engine": setting.engine,
-                "directions": subject.directions,
-                "ranks": engine.num_ranks,
-                "model": setting.model,
-                "params": num_params,
-                "rows": setting.rows,
-                "length": setting.length,
-                "dtype": setting.dtype,
-                "noise": setting.noise,
-                "rounds": len(seconds[i]),
-                "seconds": mean,
-                "forwards_per_step": mean / plain,
-                "perturb_s": perturb,
-                "forward_s": mean - perturb - update,
-                "update_s": update,
-                "peak_bytes": peak,
-                "inference_peak_bytes": inference,
-                "gathers_per_weight": sum(c[1] for c in weights) / num_params,
-                "scalar_bytes": sum(c[2] for c in others),
-            }
-        )
-    if engine.rank == 0:
+        line = {"method": subject.method, "directions": subject.directions, "ranks": bench.engine.num_ranks}
+        line |= {
+            key: getattr(setting, key) for key in ("engine", "model", "rows", "length", "dtype", "noise")
+        }
+        line |= {"params": bench.num_params, "rounds": len(seconds[i])}
+        line |= {"seconds": mean, "forwards_per_step": mean / plain}
+        line |= {"perturb_s": perturb, "forward_s": mean - perturb - update, "update_s": update}
+        lines.append(line | costs(bench, subject) | {"inference_peak_bytes": inference})
+    if bench.engine.rank == 0:
         with Path(setting.out).open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
     leave_process_group()
+
+
+def costs(bench: Bench, subject: Subject) -> dict[str, float]:
+    """What a step moves and needs: counted in one step, and the peak of three."""
+    with Counted() as counted:
+        subject.run()
+    weights, others = split(counted.calls, bench.dtype, bench.engine.num_ranks)
+    return {
+        "peak_bytes": max(memory.peak_bytes(subject.run, bench.device) for _ in range(3)) - bench.before,
+        "gathers_per_weight": sum(c[1] for c in weights) / bench.num_params,
+        "scalar_bytes": sum(c[2] for c in others),
+    }
 
 
 def compile_kernels(setting: Setting, dtype: torch.dtype, device: torch.device) -> None:
@@ -230,12 +231,14 @@ def timed_parts(subject: Subject) -> Iterator[dict[str, float]]:
         if subject.published:
             part.update({key: subject.published.seconds[key] for key in part})
         return
-    optimizer.noise.shift = timed("perturb", optimizer.noise.shift)  # type: ignore[method-assign]
+    noise = optimizer.noise
+    noise.shift = timed("perturb", noise.shift)  # type: ignore[method-assign]
+    noise.shift_rows = timed("perturb", noise.shift_rows)  # type: ignore[method-assign]
     optimizer._write = timed("update", optimizer._write)  # type: ignore[method-assign]
     try:
         yield part
     finally:
-        del optimizer.noise.shift, optimizer._write
+        del noise.shift, noise.shift_rows, optimizer._write
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ forward of twice the rows, and `mezo_published` MeZO's own loop, eager and in pl
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -32,32 +33,24 @@ ENGINES = ["replicated", "fsdp2", "deepspeed"]
 
 def main() -> None:
     arguments = parse()
-    cores = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "lines.jsonl"
-        for model in arguments.models:
-            for length in arguments.lengths:
-                for engine in arguments.engines:
-                    for ranks in arguments.ranks:
-                        if (engine == "replicated") == (ranks > 1) and len(arguments.engines) > 1:
-                            continue  # sharding over one process, and copies, are not what is asked
-                        cases = [c for c in arguments.methods if c != "mezo_published" or ranks == 1]
-                        run(
-                            Setting(
-                                model=model,
-                                engine=engine,
-                                rows=arguments.rows,
-                                length=length,
-                                rounds=arguments.rounds,
-                                dtype=arguments.dtype,
-                                cases=cases,
-                                noise=arguments.noise,
-                                out=str(out),
-                            ),
-                            ranks,
-                            cores,
-                        )
-        lines = [json.loads(line) for line in out.read_text().splitlines()]
+    lines: list[dict[str, Any]] = []
+    for model, length, engine, ranks in itertools.product(
+        arguments.models, arguments.lengths, arguments.engines, arguments.ranks
+    ):
+        if (engine == "replicated") == (ranks > 1) and len(arguments.engines) > 1:
+            continue  # sharding over one process, and copies, are not what is asked
+        cases = [c for c in arguments.methods if c != "mezo_published" or ranks == 1]
+        lines += measured(
+            ranks,
+            model=model,
+            engine=engine,
+            rows=arguments.rows,
+            length=length,
+            rounds=arguments.rounds,
+            dtype=arguments.dtype,
+            cases=cases,
+            noise=arguments.noise,
+        )
     show(lines)
     if arguments.json:
         Path(arguments.json).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -78,11 +71,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(setting: Setting, ranks: int, cores: int) -> None:
-    print(f"{setting.model}, {setting.length} tokens, {setting.engine} x{ranks} ...", file=sys.stderr)
+def measured(ranks: int, **setting: Any) -> list[dict[str, Any]]:
+    """One line for each case of a `Setting`, measured by so many processes."""
+    print(f"{setting['model']}, {setting['engine']}, {ranks} processes ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "lines.jsonl"
+        launch("benchmarks.measure", ranks, Setting(**setting, out=str(out)))
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def launch(module: str, ranks: int, setting: Setting) -> None:
+    """Run a module on so many processes that share the cores, with the setting as its argument."""
+    cores = len(os.sched_getaffinity(0))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, "-m", "benchmarks.measure", json.dumps(asdict(setting))]
+    command = [sys.executable, *launcher, "-m", module, json.dumps(asdict(setting))]
     subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -30,16 +32,18 @@ RANDOM: dict[str, dict[str, object]] = {
 MODELS = [*REAL, *RANDOM]
 
 
-def build(name: str, dtype: torch.dtype, num_layers: int | None = None) -> nn.Module:
-    """The model called `name`, in eval mode; with `num_layers`, a random one of so many layers."""
+def build(name: str, dtype: torch.dtype) -> nn.Module:
+    """The model called `name`, in eval mode: one of MODELS, or `WIDTHxLAYERS` for a small random one."""
     model: nn.Module
-    if name in REAL and num_layers is None:
+    if name in REAL:
         model = AutoModelForCausalLM.from_pretrained(str(resolve_model(REAL[name])), dtype=dtype)
         return model.eval()
-    shape = RANDOM.get(name, {}) | ({"num_hidden_layers": num_layers} if num_layers else {})
-    config = LlamaConfig(
-        vocab_size=128_256, tie_word_embeddings=True, max_position_embeddings=4096, dtype=dtype, **shape
-    )
+    shape: dict[str, Any] = {"vocab_size": 128_256, **RANDOM.get(name, {})}
+    if name not in RANDOM:
+        width, layers = map(int, name.split("x"))
+        shape = {"vocab_size": 32_000, "hidden_size": width, "num_hidden_layers": layers}
+        shape.update(intermediate_size=3 * width, num_attention_heads=width // 64)
+    config = LlamaConfig(tie_word_embeddings=True, max_position_embeddings=4096, dtype=dtype, **shape)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
 

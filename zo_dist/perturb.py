@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from zo_dist.noise import Noise
 from zo_dist.params import Owner, Param, Span
 from zo_dist.prefix import SharedPrefix, wrapped_forwards
+from zo_dist.rows import Merged, rows_per_row, take
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,11 @@ class Probe:
 
 
 Live = Sequence[tuple[Probe, int]]  # the probes that an input carries along dim 0, with their rows
-Copies = list[tuple[Owner, Tensor]] | None  # shifted parameters; None where rows are shifted as looked up
+# An owner's shifted parameters; None where it makes its own of them, a part at a time.
+Copies = list[tuple[Owner, Tensor]] | None
 
-# Owners of so many elements are shifted for both sides at once; above, one copy less counts for more.
-_PAIRED = 1 << 24
+# Larger owners are not copied for both sides at once, and torch's own linear layers not as a whole.
+_LARGE = 1 << 24
 
 # An embedding of at least so many rows for each token is shifted where it is looked up.
 _FEW = 8
@@ -110,11 +112,11 @@ class ModulePerturbation:
             names = {param.name for _, param in self._owned[owner]}
             if not any(names & probe.drawn for probe, _ in self._live):
                 return forward(*args, **kwargs)
-            lookup = _is_lookup(forward, args, kwargs)
-            if len(self._live) == 1:
-                with self._shifted(owner, [self._live[0][0]], lookup) as (copies,):
-                    return self._run(owner, self._live[0][0], copies, forward, args, kwargs)
-            return self._split(owner, names, lookup, forward, args, kwargs)
+            if len(self._live) > 1:
+                return self._split(owner, names, forward, args, kwargs)
+            probe = self._live[0][0]
+            with self._shifted(owner, [probe], forward, args, kwargs) as (copies,):
+                return self._run(owner, probe, copies, forward, args, kwargs)
 
         return run
 
@@ -122,7 +124,6 @@ class ModulePerturbation:
         self,
         owner: nn.Module,
         names: set[str],
-        lookup: bool,
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -134,12 +135,12 @@ class ModulePerturbation:
             bounds.append(bounds[-1] + rows)
         where = type(owner).__name__ + " of " + sorted(names)[0]
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        takes_rows = [_rows_per_row(leaf, bounds[-1], where) for leaf in leaves]
-        merged = _Merged(bounds, any(takes_rows), where)
+        takes_rows = [rows_per_row(leaf, bounds[-1], where) for leaf in leaves]
+        merged = Merged(bounds, any(takes_rows), where)
 
         def run(group: list[int], copies: Copies) -> None:
             ranges = [(bounds[i], bounds[i + 1]) for i in group]
-            taken = [_take(leaf, n, ranges) for leaf, n in zip(leaves, takes_rows, strict=True)]
+            taken = [take(leaf, n, ranges) for leaf, n in zip(leaves, takes_rows, strict=True)]
             piece_args, piece_kwargs = pytree.tree_unflatten(taken, spec)
             self._live = tuple(live[i] for i in group)
             merged.put(group, self._run(owner, live[group[0]][0], copies, forward, piece_args, piece_kwargs))
@@ -147,7 +148,7 @@ class ModulePerturbation:
         others = [i for i, (probe, _) in enumerate(live) if not names & probe.drawn]
         try:
             for sides in self._sides(owner, [i for i in range(len(live)) if i not in others]):
-                with self._shifted(owner, [live[i][0] for i in sides], lookup) as all_copies:
+                with self._shifted(owner, [live[i][0] for i in sides], forward, args, kwargs) as all_copies:
                     for i, copies in zip(sides, all_copies, strict=True):
                         run([i], copies)
             if others:
@@ -159,7 +160,7 @@ class ModulePerturbation:
     def _sides(self, owner: nn.Module, drawn: list[int]) -> list[list[int]]:
         """The drawn probes, two at a time where these are the two sides of a direction."""
         directions = [self._live[i][0].direction for i in drawn]
-        if sum(param.shape.numel() for _, param in self._owned[owner]) > _PAIRED:
+        if sum(param.shape.numel() for _, param in self._owned[owner]) > _LARGE:
             return [[i] for i in drawn]
         groups: list[list[int]] = []
         for i, direction in zip(drawn, directions, strict=True):
@@ -180,7 +181,8 @@ class ModulePerturbation:
     ) -> Any:
         """The owner's output with its parameters pointed at `copies`; they are pointed back after."""
         if copies is None:
-            return self._looked_up(owner, probe, args[0])
+            in_parts = self._looked_up if isinstance(owner, nn.Embedding) else self._linear
+            return in_parts(owner, probe, args[0])
         stored = [(place, place.holder._parameters[place.attribute]) for place, _ in copies]
         try:
             for place, copy in copies:
@@ -192,13 +194,23 @@ class ModulePerturbation:
                 place.holder._parameters[place.attribute] = weight
 
     @contextmanager
-    def _shifted(self, owner: nn.Module, probes: Sequence[Probe], lookup: bool) -> Iterator[list[Copies]]:
+    def _shifted(
+        self,
+        owner: nn.Module,
+        probes: Sequence[Probe],
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Iterator[list[Copies]]:
         """For each of one direction's probes, shifted scratch copies of the owner's drawn parameters."""
+        if _runs_in_parts(forward, args, kwargs):
+            yield [None] * len(probes)
+            return
         copies: list[list[tuple[Owner, Tensor]]] = [[] for _ in probes]
         depth = self._depth
         try:
             for place, param in self._owned[owner]:
-                if lookup or param.name not in probes[0].drawn:
+                if param.name not in probes[0].drawn:
                     continue
                 whole = self._whole(place, param).reshape(-1)
                 outs = [self._take_scratch(whole) for _ in probes]
@@ -206,19 +218,47 @@ class ModulePerturbation:
                 self._noise.shift(outs, whole, param.name, self._step, probes[0].direction, 0, scales)
                 for mine, out in zip(copies, outs, strict=True):
                     mine.append((place, out.view(param.shape)))
-            yield [None] * len(probes) if lookup else list(copies)
+            yield list(copies)
         finally:
             self._depth = depth
 
     def _looked_up(self, owner: nn.Module, probe: Probe, ids: Tensor) -> Tensor:
         """What a drawn nn.Embedding returns: the rows that are looked up are shifted, and no others."""
         ((place, param),) = self._owned[owner]
-        table = self._whole(place, param)
-        if param.name not in probe.drawn:
-            return nn.functional.embedding(ids, table)
-        scale = probe.sign * self._eps
+        scale, table = probe.sign * self._eps, self._whole(place, param)
         rows = self._noise.shift_rows(table, ids.reshape(-1), param.name, self._step, probe.direction, scale)
         return rows.view(*ids.shape, -1)
+
+    def _linear(self, owner: nn.Module, probe: Probe, x: Tensor) -> Tensor:
+        """What a large nn.Linear returns, some of its outputs at a time: the scratch copy stays small."""
+        assert isinstance(owner, nn.Linear)
+        drawn = {place.attribute: (place, param) for place, param in self._owned[owner]}
+        depth, scale = self._depth, probe.sign * self._eps
+
+        def shifted(attribute: str, start: int, stop: int) -> Tensor:
+            whole = owner._parameters[attribute]
+            assert whole is not None
+            if attribute not in drawn or drawn[attribute][1].name not in probe.drawn:
+                return whole.detach()[start:stop]
+            part = self._whole(*drawn[attribute])[start:stop]
+            out, name = self._take_scratch(part.reshape(-1)), drawn[attribute][1].name
+            offset = start * (whole.numel() // len(whole))
+            self._noise.shift([out], part.reshape(-1), name, self._step, probe.direction, offset, [scale])
+            return out.view(part.shape)
+
+        rows = max(1, _LARGE // owner.in_features)
+        y = x.new_empty(0)
+        for start in range(0, owner.out_features, rows):
+            stop = min(start + rows, owner.out_features)
+            try:
+                bias = None if owner.bias is None else shifted("bias", start, stop)
+                part = nn.functional.linear(x, shifted("weight", start, stop), bias)
+            finally:
+                self._depth = depth
+            if start == 0:
+                y = part.new_empty(*part.shape[:-1], owner.out_features)
+            y[..., start:stop] = part
+        return y
 
     def _whole(self, place: Owner, param: Param) -> Tensor:
         weight = place.holder._parameters[place.attribute]
@@ -249,82 +289,14 @@ class ModulePerturbation:
         )
 
 
-def _rows_per_row(leaf: Any, rows: int, where: str) -> int:
-    """How many entries along dim 0 stand for one row of the batch; 0 where dim 0 is no batch.
-
-    Flattened tokens have several. Raises RuntimeError for a first dimension that is neither 1 nor a
-    multiple of the rows (tokens routed to one expert, say): splitting it would mix up the probes.
-    """
-    if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] == 1:
-        return 0
-    if leaf.shape[0] % rows or leaf.shape[0] == 0:
-        if leaf.ndim == 1 and not leaf.is_floating_point():
-            return 0  # positions of a sequence
-        raise RuntimeError(
-            f"{where} got an input of shape {tuple(leaf.shape)}, which does not divide into {rows} "
-            "stacked rows; evaluate one probe at a time with step(closure), or use perturb: shard"
-        )
-    if leaf.ndim == 1 and not leaf.is_floating_point() and leaf.shape[0] != rows:
-        raise RuntimeError(
-            f"{where} got integers of shape {tuple(leaf.shape)} with {rows} stacked rows: these may be "
-            "flattened tokens or positions of a sequence, and nothing tells which; evaluate one "
-            "probe at a time with step(closure), or use perturb: shard"
-        )
-    return leaf.shape[0] // rows
-
-
-def _take(leaf: Any, per_row: int, ranges: list[tuple[int, int]]) -> Any:
-    if not per_row:
-        return leaf
-    parts = [leaf[a * per_row : b * per_row] for a, b in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _is_lookup(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Is this torch's own embedding, asked for few of its rows?"""
-    if getattr(forward, "__func__", None) is not nn.Embedding.forward or len(args) != 1 or kwargs:
+def _runs_in_parts(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Is this torch's own embedding, asked for few of its rows, or torch's own linear layer, and large?"""
+    function, owner = getattr(forward, "__func__", None), getattr(forward, "__self__", None)
+    if len(args) != 1 or kwargs:
         return False
-    embedding: nn.Embedding = forward.__self__  # type: ignore[attr-defined]
-    return embedding.max_norm is None and args[0].numel() * _FEW <= embedding.num_embeddings
-
-
-class _Merged:
-    """The outputs of an owner's runs, put where the probes' rows belong as they come."""
-
-    def __init__(self, bounds: list[int], batched: bool, where: str) -> None:
-        self._bounds, self._batched, self._where = bounds, batched, where
-        self._leaves: list[Any] = []
-
-    def put(self, group: list[int], out: Any) -> None:
-        """Take over the output for the rows of these probes, one after another."""
-        flat, self._spec = pytree.tree_flatten(out)
-        rows = [self._bounds[i + 1] - self._bounds[i] for i in group]
-        for k, leaf in enumerate(flat):
-            parts = self._parts(leaf, rows)
-            if k == len(self._leaves):
-                shape = (self._bounds[-1] * (parts[0].shape[0] // rows[0]), *leaf.shape[1:]) if parts else ()
-                self._leaves.append(leaf.new_empty(shape) if parts else leaf)
-            for i, part in zip(group, parts, strict=bool(parts)):
-                per_row = part.shape[0] // (self._bounds[i + 1] - self._bounds[i])
-                self._leaves[k][self._bounds[i] * per_row : self._bounds[i + 1] * per_row] = part
-
-    def result(self) -> Any:
-        """The owner's output for all rows; what is no tensor comes from the first run."""
-        return pytree.tree_unflatten(self._leaves, self._spec)
-
-    def _parts(self, leaf: Any, rows: list[int]) -> list[Tensor]:
-        """One part of an output leaf for each probe of a group; none of what is no tensor."""
-        if not isinstance(leaf, Tensor):
-            return []
-        if self._batched and leaf.ndim and leaf.shape[0] % sum(rows) == 0:
-            per_row = leaf.shape[0] // sum(rows)
-            return list(torch.split(leaf, [r * per_row for r in rows]))
-        if not self._batched and leaf.ndim and leaf.shape[0] == 1:
-            return [leaf.expand(r, *leaf.shape[1:]) for r in rows]
-        raise RuntimeError(
-            f"{self._where} returned a tensor of shape {tuple(leaf.shape)}, which is not one part per row; "
-            "evaluate one probe at a time with step(closure), or use perturb: shard"
-        )
+    if function is nn.Embedding.forward and isinstance(owner, nn.Embedding):
+        return owner.max_norm is None and args[0].numel() * _FEW <= owner.num_embeddings
+    return function is nn.Linear.forward and isinstance(owner, nn.Linear) and owner.weight.numel() > _LARGE
 
 
 class ShardPerturbation:
