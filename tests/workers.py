@@ -9,6 +9,7 @@ ranks are out of step, costs the pool its life and the test its success.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -289,8 +290,12 @@ def _fully_shard(engine: str, model: Any) -> Any:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     if engine == "fsdp2_offload":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-    for layer in layers_of(model):
+    layers = layers_of(model)
+    for layer in layers:
         fully_shard(layer, **options)
+    if engine == "fsdp2_prefetch":
+        for layer, following in itertools.pairwise(layers):
+            layer.set_modules_to_forward_prefetch([following])
     return fully_shard(model, **options)
 
 

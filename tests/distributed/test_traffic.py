@@ -37,7 +37,13 @@ def padded(engine: str, shape: tuple[int, ...], ranks: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("engine", "num_ranks"), [("fsdp2", 2), ("hsdp_2x2", 4), pytest.param("zero3", 2, marks=needs_deepspeed)]
+    ("engine", "num_ranks"),
+    [
+        ("fsdp2", 2),
+        ("fsdp2_prefetch", 2),
+        ("hsdp_2x2", 4),
+        pytest.param("zero3", 2, marks=needs_deepspeed),
+    ],
 )
 @pytest.mark.parametrize("directions", [1, 4])
 @pytest.mark.parametrize("kind", ["llama", "sequential"])
@@ -65,3 +71,44 @@ def test_replicas_exchange_scalars_alone(pool: Callable[[int], Pool], directions
     for engine in ("replicated", "ddp"):
         for result in pool(2).run(one_step, engine, "llama", directions, "module"):
             assert 0 < sum(c[2] for c in result["calls"]) < 100 * directions
+
+
+def order_of_layers(engine: str) -> list[tuple[str, int]]:
+    """What a step does in which order: gathers, and forwards of decoder layers, by number."""
+    model = build("llama")
+    layers = list(model.model.layers)
+    optimizer = table.optimizer(wrap(engine, model), directions=2, lr=1e-3, sampler="adalezo")
+    batch = rows_for("llama", 4)
+    optimizer.step_batch(batch, loss_of)
+    events: list[tuple[str, int]] = []
+    with Counted() as counted:
+        for number, layer in enumerate(layers):
+            layer.register_forward_pre_hook(
+                lambda *_, n=number: events.append((f"layer {n}", len(counted.calls)))
+            )
+        optimizer.step_batch(batch, loss_of)
+    return events
+
+
+def test_fsdp2_still_gathers_a_layer_ahead(pool: Callable[[int], Pool]) -> None:
+    """With forward prefetch, one more gather has begun when a layer starts than without."""
+    plain, ahead = (pool(2).run(order_of_layers, e)[0] for e in ("fsdp2", "fsdp2_prefetch"))
+    assert [name for name, _ in plain] == [name for name, _ in ahead]
+    assert all(a == p + 1 for (_, p), (_, a) in zip(plain[:-1], ahead[:-1], strict=True))
+
+
+def trace_states(steps: int) -> list[bool]:
+    model = wrap("zero3", build("llama"))
+    optimizer = table.optimizer(model, directions=2, lr=1e-3, sampler="adalezo")
+    states = []
+    for _ in range(steps):
+        optimizer.step_batch(rows_for("llama", 4), loss_of)
+        states.append(model.optimizer.get_param_coordinator().is_complete_trace())
+    return states
+
+
+@needs_deepspeed
+def test_zero3_prefetches_from_a_trace_that_holds_whatever_is_drawn(pool: Callable[[int], Pool]) -> None:
+    """DeepSpeed prefetches once a forward has repeated the order of modules it recorded."""
+    for states in pool(2).run(trace_states, 8):
+        assert all(states[2:])
