@@ -190,7 +190,7 @@ def test_chunks_and_spans_leave_no_trace(
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
 def test_compiled_and_eager_updates_leave_the_same_bits(rounding: str) -> None:
     """One direction, a group of them, and more; long enough to be compiled, with ends inside tiles."""
-    # More lengths than a function may be compiled for; vectors do not decay.
+    # Vectors do not decay.
     shapes = [(40_001, 1), *[(size,) for size in (1, 7, 576, 1000, 1500, 2000, 3000, 5000, 7000, 20_000)]]
     results = []
     for compile in (False, True):
@@ -214,9 +214,15 @@ def test_a_run_compiles_before_its_first_step_and_not_after() -> None:
     """Whatever number of directions draws an arm: one, a few, a group or more."""
     torch._dynamo.reset()
     kernels.compiled.cache_clear()
-    model = nn.Sequential(*[nn.Linear(160, 160, bias=False) for _ in range(4)]).bfloat16()
+    model = nn.Sequential(*[nn.Linear(160, 160) for _ in range(4)]).bfloat16()
     optimizer = zo_dist.ZeroOrder(
-        model, lr=1e-3, directions=6, sampler=zo_dist.Uniform(sparsity=0.5), self_check=False, compile=True
+        model,
+        lr=1e-3,
+        directions=6,
+        sampler=zo_dist.Uniform(sparsity=0.5),
+        rule=SGD(weight_decay=0.1),  # of matrices, not of vectors
+        self_check=False,
+        compile=True,
     )
     rows = {"x": torch.ones(6, 160, dtype=torch.bfloat16)}
 

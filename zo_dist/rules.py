@@ -36,16 +36,14 @@ class SGD:
             raise ValueError(f"weight_decay is {weight_decay}; it must be finite and at least 0")
         self.weight_decay = weight_decay
 
-    def decays(self, shape: torch.Size) -> bool:
-        """Does a parameter of this shape decay?"""
-        return self.weight_decay > 0 and len(shape) > 1
+    def scalars(self, lr: float, shape: torch.Size) -> tuple[float, ...]:
+        """What `apply` takes for a parameter of this shape: the learning rate, and the share that stays."""
+        return lr, 1.0 - lr * self.weight_decay if len(shape) > 1 else 1.0
 
-    def apply(self, weight: Tensor, estimate: Tensor, lr: Tensor, decays: bool) -> Tensor:
-        """The new float32 weights. `lr` is a float64 scalar."""
-        if decays:
-            weight = weight * (1.0 - lr * self.weight_decay)
+    def apply(self, weight: Tensor, estimate: Tensor, scalars: Tensor) -> Tensor:
+        """The new float32 weights. `scalars`: float64, from the method of that name."""
         # Two operations on purpose: one fused multiply-add would round differently by device.
-        return weight - estimate * lr
+        return weight * scalars[1] - estimate * scalars[0]
 
 
 Rule = SGD
@@ -96,13 +94,13 @@ class Rounding16:
 
 
 def _new_weights(
-    estimate: Tensor, lr: Tensor, rule: Rule, decays: bool, flat: Tensor, lost: Tensor | None = None
+    estimate: Tensor, scalars: Tensor, rule: Rule, flat: Tensor, lost: Tensor | None = None
 ) -> Tensor:
     """What the rule makes of weights and what they lost before, in float32: not yet rounded."""
     weight = flat.to(torch.float32)
     if lost is not None:
         weight = weight + lost.to(torch.float32)
-    return rule.apply(weight, estimate, lr, decays)
+    return rule.apply(weight, estimate, scalars)
 
 
 def update_span(
@@ -120,8 +118,7 @@ def update_span(
     `terms` are `(direction, coefficient)`, the coefficients already weighted and averaged; they are
     added up in float32 in the order given, so the result does not depend on how weights are cut.
     """
-    rate = torch.tensor(lr, dtype=torch.float64, device=span.flat.device)
-    options = (rate, rule, rule.decays(param.shape))
+    scalars = torch.tensor(rule.scalars(lr, param.shape), dtype=torch.float64, device=span.flat.device)
     chunk = _CHUNK * torch.get_num_threads() if span.flat.device.type == "cpu" else _GPU_CHUNK
     for start in range(0, span.flat.numel(), chunk):
         flat = span.flat[start : start + chunk]
@@ -129,7 +126,7 @@ def update_span(
         exact = rounding.scratch(flat)
         lost = rounding.lost_of(span.name, start, flat.numel())
         inputs = (flat,) if lost is None else (flat, lost)
-        noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, options)
+        noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, (scalars, rule))
         rounding.write(flat, exact, lost, span.name, step, offset)
 
 
