@@ -241,7 +241,7 @@ def test_no_two_draws_share_a_counter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def record(counter: tuple[torch.Tensor, ...], schedule: torch.Tensor) -> tuple[torch.Tensor, ...]:
         blocks = zip(*(c.flatten().tolist() for c in torch.broadcast_tensors(*counter)), strict=True)
-        seen.extend((*words, *schedule[:2].tolist()) for words in blocks)
+        seen.extend((*words, *schedule[:2].flatten().tolist()) for words in blocks)
         return philox(counter, schedule)  # type: ignore[arg-type]
 
     monkeypatch.setattr(generator, "philox", record)
