@@ -23,13 +23,12 @@ from torch import nn
 
 from benchmarks.published import PublishedMeZO
 from zo_dist import ZeroOrder
-from zo_dist.batches import StepBatches
 from zo_dist.config import Config, load_config
 from zo_dist.engines import Engine, initialize_process_group, select
 from zo_dist.evaluate import evaluate
 from zo_dist.schedule import make_scheduler
 from zo_dist.tasks import choice_loss
-from zo_dist.train import Prepared, build_optimizer, prepare
+from zo_dist.train import Prepared, build_batches, build_optimizer, prepare
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -74,16 +73,15 @@ class Run:
         )
         self.prepared = prepare(config, engine)
         published = method == "mezo_published"
-        self._limits = (arguments.published_steps, float("inf"))
-        if not published:
-            self._limits = (10**9, arguments.seconds)
+        self._max_steps = arguments.published_steps if published else float("inf")
+        self._max_seconds = float("inf") if published else arguments.seconds
         self._eval_seconds = arguments.published_eval_seconds if published else arguments.eval_seconds
         self._step = published_step(config, self.prepared) if published else our_step(config, self.prepared)
         self._score()
 
     @property
     def over(self) -> bool:
-        return self.steps >= self._limits[0] or self.seconds >= self._limits[1]
+        return self.steps >= self._max_steps or self.seconds >= self._max_seconds
 
     def advance(self) -> None:
         """One step, and a score when it is due."""
@@ -105,25 +103,10 @@ class Run:
         print(json.dumps(record), flush=True)
 
 
-def batches_of(config: Config, prepared: Prepared) -> StepBatches:
-    return StepBatches(
-        prepared.data.train,
-        rows_per_step=config.train.rows,
-        micro_rows=None,
-        length_pool=config.data.length_pool,
-        seed=config.data.seed,
-        rank=0,
-        num_ranks=1,
-        pad_id=prepared.data.pad_id,
-        fast=prepared.data.fast,
-        device=torch.device("cpu"),
-    )
-
-
 def our_step(config: Config, prepared: Prepared) -> Callable[[int], object]:
     optimizer: ZeroOrder = build_optimizer(config, prepared.model)
     scheduler = make_scheduler(optimizer, config.train)
-    batches = batches_of(config, prepared)
+    batches = build_batches(config, prepared.data, optimizer.engine)
     optimizer.prepare(batches[0][0], choice_loss)
 
     def step(number: int) -> None:
@@ -137,7 +120,7 @@ def published_step(config: Config, prepared: Prepared) -> Callable[[int], object
     model: nn.Module = prepared.model.eval()
     settings = config.optimizer
     published = PublishedMeZO(model, settings.lr, settings.eps, settings.seed)
-    batches = batches_of(config, prepared)
+    batches = build_batches(config, prepared.data, select(model))
 
     def step(number: int) -> None:
         (batch,) = batches[number]

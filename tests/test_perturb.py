@@ -34,6 +34,19 @@ def optimizer_of(model: nn.Module, **options: Any) -> zo_dist.ZeroOrder:
     return zo_dist.ZeroOrder(model, **options)
 
 
+def numels_shifted_by(optimizer: zo_dist.ZeroOrder) -> list[int]:
+    """Grows with each call that shifts weights, by the number of elements it writes."""
+    numels: list[int] = []
+    shift = optimizer.noise.shift
+
+    def watched(outs: Any, weight: Tensor, *arguments: Any) -> None:
+        numels.append(weight.numel() * len(outs))
+        shift(outs, weight, *arguments)
+
+    optimizer.noise.shift = watched  # type: ignore[method-assign]
+    return numels
+
+
 def copy_at(model: nn.Module, direction: int, sign: float, arms: Any, step: int = 0) -> nn.Module:
     """A deep copy of the whole model at weights + sign * eps * z."""
     shifted, noise = copy.deepcopy(model), Noise("rademacher", SEED)
@@ -185,14 +198,7 @@ def test_an_embedding_shifts_the_rows_that_are_looked_up(kind: str, law: str) ->
     model, ids = Lookup(kind), torch.tensor([[3, 1, 500], [3, 77, 1], [9, 8, 7], [0, 1, 2]])
     model.embed(ids)  # renorms the rows
     optimizer = optimizer_of(model, directions=2, noise=law)
-    numels: list[int] = []
-    shift = optimizer.noise.shift
-
-    def watched(outs: Any, weight: Tensor, *arguments: Any) -> None:
-        numels.append(weight.numel() * len(outs))
-        shift(outs, weight, *arguments)
-
-    optimizer.noise.shift = watched  # type: ignore[method-assign]
+    numels = numels_shifted_by(optimizer)
     spy = Spy(lambda m, b: m(b["ids"]).square().mean(1))
     optimizer.step_batch({"ids": ids}, spy)
     # The head reads all rows on both sides of both directions; the lookup does only if it has to.
@@ -218,19 +224,10 @@ def test_large_owners_are_shifted_side_by_side_and_in_parts(
     for large in (limit, 1 << 24):
         monkeypatch.setattr("zo_dist.perturb._LARGE", large)
         spy, optimizer = Spy(), optimizer_of(build(kind), directions=2)
-        sizes: list[int] = []
-        shift = optimizer.noise.shift
-
-        def watched(
-            outs: Any, weight: Tensor, *arguments: Any, sizes: Any = sizes, shift: Any = shift
-        ) -> None:
-            sizes.append(weight.numel())
-            shift(outs, weight, *arguments)
-
-        optimizer.noise.shift = watched  # type: ignore[method-assign]
+        numels = numels_shifted_by(optimizer)
         optimizer.step_batch(rows_for(kind, 4), spy)
         losses.append(spy.calls[0])
-        counts.append(len(sizes))
+        counts.append(len(numels))
     assert counts[0] > counts[1]
     # Outputs of fewer columns may add in another order: a few dozen roundings of a loss of this size.
     torch.testing.assert_close(*losses, rtol=0, atol=64 * 2.0**-23 * float(losses[1].max()))

@@ -190,15 +190,15 @@ class Noise:
         header = self._headers(name, step, NOISE, [direction], 0, table.device)
         spread = torch.arange(-(-width // unit) + 1, device=table.device)
         columns = torch.arange(width, device=table.device)
+        factor = torch.tensor(scale, dtype=torch.float32, device=table.device)
+        size = max(1, EAGER_CHUNK // width)
         out = table.new_empty(len(rows), width)
-        for start in range(0, len(rows), max(1, EAGER_CHUNK // width)):
-            some = rows[start : start + max(1, EAGER_CHUNK // width)].to(torch.int64)
-            first = some * width
+        for some, shifted in zip(torch.split(rows, size), torch.split(out, size), strict=True):
+            first = some.to(torch.int64) * width
             tiles = (first // unit).unsqueeze(1) + spread
             (z,) = _unit(header, tiles.flatten(), self.law)
             z = z.view(len(some), -1).gather(1, (first % unit).unsqueeze(1) + columns)
-            shifted = table[some].to(torch.float32) + z * torch.tensor(scale, device=table.device)
-            out[start : start + len(some)] = shifted
+            shifted.copy_(table[some].to(torch.float32) + z * factor)
         return out
 
     def accumulate(

@@ -8,6 +8,7 @@ back from a snapshot after it; for objectives that read weights outside the modu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,16 +160,11 @@ class ModulePerturbation:
 
     def _sides(self, owner: nn.Module, drawn: list[int]) -> list[list[int]]:
         """The drawn probes, two at a time where these are the two sides of a direction."""
-        directions = [self._live[i][0].direction for i in drawn]
         if sum(param.shape.numel() for _, param in self._owned[owner]) > _LARGE:
             return [[i] for i in drawn]
-        groups: list[list[int]] = []
-        for i, direction in zip(drawn, directions, strict=True):
-            if groups and len(groups[-1]) == 1 and self._live[groups[-1][0]][0].direction == direction:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        return groups
+        # The probes of a direction follow each other.
+        by_direction = itertools.groupby(drawn, key=lambda i: self._live[i][0].direction)
+        return [list(sides) for _, sides in by_direction]
 
     def _run(
         self,

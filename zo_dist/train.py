@@ -78,6 +78,22 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
     )
 
 
+def build_batches(config: Config, data: RunData, engine: Engine) -> StepBatches:
+    """This rank's training batches, as the config's `data` and `train` sections describe them."""
+    return StepBatches(
+        data.train,
+        rows_per_step=config.train.rows,
+        micro_rows=config.train.micro_rows,
+        length_pool=config.data.length_pool,
+        seed=config.data.seed,
+        rank=engine.rank,
+        num_ranks=engine.num_ranks,
+        pad_id=data.pad_id,
+        fast=data.fast,
+        device=engine.device,
+    )
+
+
 def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
     """A whole run; returns its result, the same on every rank. Every rank must call it.
 
@@ -148,19 +164,7 @@ class Loop:
         self._config, self._optimizer, self._prepared = config, optimizer, prepared
         self._log, self._output = run_log, output
         self._best = math.inf
-        engine, data = optimizer.engine, prepared.data
-        self._batches = StepBatches(
-            data.train,
-            rows_per_step=config.train.rows,
-            micro_rows=config.train.micro_rows,
-            length_pool=config.data.length_pool,
-            seed=config.data.seed,
-            rank=engine.rank,
-            num_ranks=engine.num_ranks,
-            pad_id=data.pad_id,
-            fast=data.fast,
-            device=engine.device,
-        )
+        self._batches = build_batches(config, prepared.data, optimizer.engine)
 
     def run(self) -> float:
         """All steps, or as many as `max_seconds` has room for; returns the seconds they took."""
