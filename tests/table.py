@@ -6,13 +6,17 @@ A new method joins the tests by one more row here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 
 import zo_dist
+from zo_dist import native
 from zo_dist.estimators import Estimator
+from zo_dist.noise import Noise
 from zo_dist.samplers import Sampler
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
@@ -86,3 +90,17 @@ def dtype_of(name: str) -> torch.dtype:
     found = getattr(torch, name)
     assert isinstance(found, torch.dtype)
     return found
+
+
+# How noise is computed on a CPU; every form leaves the same bits.
+FORMS = ("eager", "native", "torch.compile")
+
+
+@contextmanager
+def noise_in(form: str, *args: Any) -> Iterator[Noise]:
+    """`Noise(*args)` in one of FORMS; native.cpp counts as not to be compiled where another is asked for."""
+    if form == "native":
+        assert native.library() is not None
+    absent = mock.patch.object(native, "library", return_value=None)
+    with nullcontext() if form == "native" else absent:
+        yield Noise(*args, compile=form != "eager")

@@ -133,28 +133,52 @@ def _difference(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight.to(torch.float32) - total
 
 
+def uses(function: Noise, dtype: torch.dtype, size: int, offset: int) -> list[torch.Tensor]:
+    """What each use of noise makes of the same tensors."""
+    z, weight = torch.full((size,), 0.5), torch.linspace(-1, 1, size).to(dtype)
+    function.accumulate(z, "w", 1, [(2, 0.3)], offset)
+    shifted, plus, minus, rounded, small = (torch.zeros_like(weight) for _ in range(5))
+    function.shift([shifted], weight, "w", 1, 2, offset, [1e-2])
+    function.shift([plus, minus], weight, "w", 1, 2, offset, [1e-2, -1e-2])
+    if dtype != torch.float32:
+        function.round(rounded, z / 3, "w", 1, offset)
+        function.round(small, z * 1e-5, "w", 1, offset)
+    sums = [torch.empty_like(z) for _ in (1, 2, 3, 5, 7)]
+    for count, out in zip((1, 2, 3, 5, 7), sums, strict=True):
+        terms = [(d, 0.3 + d) for d in range(count)]
+        function.combine(out, [weight], "w", 1, terms, offset, _difference, ())
+    return [z, shifted, plus, minus, rounded, small, *sums]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    law=st.sampled_from(table.LAWS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    size=st.integers(0, 9000),
+    offset=st.integers(0, 5000) | st.integers(0, 2**44),
+)
+def test_native_and_eager_forms_give_the_same_bits(
+    law: str, dtype: torch.dtype, size: int, offset: int
+) -> None:
+    made = []
+    for form in ("eager", "native"):
+        with table.noise_in(form, law, 3) as function:
+            made.append(uses(function, dtype, size, offset))
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("law", table.LAWS)
-def test_compiled_and_eager_forms_give_the_same_bits(law: str) -> None:
-    eager, compiled = Noise(law, 3), Noise(law, 3, compile=True)  # type: ignore[arg-type]
+def test_all_forms_give_the_same_bits(law: str) -> None:
     for size, offset in ((1, 0), (576, 0), (4096, 13), (50_077, 0), (50_077, 13)):
-        outs = []
-        for function in (eager, compiled):
-            z, weight = torch.full((size,), 0.5), torch.linspace(-1, 1, size).bfloat16()
-            rounded, half = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.float16)
-            function.accumulate(z, "w", 1, [(2, 0.3)], offset)
-            shifted, plus, minus = (torch.zeros_like(weight) for _ in range(3))
-            function.shift([shifted], weight, "w", 1, 2, offset, [1e-2])
-            function.shift([plus, minus], weight, "w", 1, 2, offset, [1e-2, -1e-2])
-            function.round(rounded, z / 3, "w", 1, offset)
-            function.round(half, z * 1e-5, "w", 1, offset)
-            sums = [torch.empty_like(z) for _ in (1, 2, 3, 5, 7)]
-            for count, out in zip((1, 2, 3, 5, 7), sums, strict=True):
-                terms = [(d, 0.3 + d) for d in range(count)]
-                function.combine(out, [weight], "w", 1, terms, offset, _difference, ())
-            outs.append((z, shifted, plus, minus, rounded, half, *sums))
-        for a, b in zip(*outs, strict=True):
-            assert torch.equal(a, b)
+        made = {}
+        for form in table.FORMS:
+            with table.noise_in(form, law, 3) as function:
+                made[form] = uses(function, torch.bfloat16, size, offset)
+        for form in table.FORMS[1:]:
+            for a, b in zip(made["eager"], made[form], strict=True):
+                assert torch.equal(a, b), form
 
 
 @pytest.mark.gpu

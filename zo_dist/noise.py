@@ -3,9 +3,10 @@
 One Philox call (`generator.py`) gives 128 Rademacher signs or 4 Gaussians. Everything is written in
 torch operations whose result does not depend on how a tensor is cut, so any split of a parameter into
 spans, any chunk size and any rank computes the same bits. The same functions run eagerly or through
-`torch.compile` (`kernels.py`); on a CPU both give equal bits for both laws (no libm call and no fused
-multiply-add is involved). On a GPU a compiler may contract a multiply and an add, which can move a
-Gaussian by one unit in the last place; Rademacher products are exact there too.
+`torch.compile` (`kernels.py`), and native.cpp repeats them for CPUs; there all three give equal bits for
+both laws (no libm call and no fused multiply-add is involved). On a GPU a compiler may contract a
+multiply and an add, which can move a Gaussian by one unit in the last place; Rademacher products are
+exact there too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from zo_dist import generator
+from zo_dist import generator, native
 from zo_dist.kernels import EAGER_CHUNK, Kernel, run
 from zo_dist.stochastic import STOCHASTIC, factors
 
@@ -134,9 +135,9 @@ class Noise:
     """The noise of one run: its law and seed, and how it is put on flat tensors.
 
     `law`: `rademacher` (+1 or -1, the law SPSA was defined with; E z^4 = 1) or `gaussian`.
-    `seed`: any integer in [0, 2**63). `compile`: fuse generation and use with `torch.compile`
-    (C++ on a CPU, Triton on a GPU); otherwise the same operations run eagerly, in chunks that fit a
-    cache. Raises ValueError for an unknown law or a seed out of range.
+    `seed`: any integer in [0, 2**63). `compile`: fuse generation and use, on a CPU by native.cpp, else
+    with `torch.compile`; otherwise the same operations run eagerly, in chunks that fit a cache. Raises
+    ValueError for an unknown law or a seed out of range.
 
     In every method, element j of a tensor is element `offset + j` of parameter `name`.
     """
@@ -155,6 +156,10 @@ class Noise:
     def fused(self) -> bool:
         """Do kernels run compiled now? Not while a dispatch mode (a counter, a profiler) looks on."""
         return self.compile and not is_in_torch_dispatch_mode()
+
+    def in_native(self, tensor: Tensor) -> bool:
+        """Does the code of native.cpp serve for this tensor? Else it is `torch.compile`, or eager torch."""
+        return self.fused and tensor.device.type == "cpu" and native.library() is not None
 
     def values(self, name: str, step: int, direction: int, offset: int, numel: int) -> Tensor:
         """float32 `[numel]` on the CPU: z itself, for tests and for looking."""
@@ -176,6 +181,9 @@ class Noise:
 
         Two cost one reading of the weight and one z. `outs` and `weight` must not share memory.
         """
+        if self.in_native(weight):
+            native.shift(outs, weight, self.law, self.address(name, step, NOISE, direction), offset, scales)
+            return
         kernel = _SHIFT[self.law, len(outs)]
         self._add_noise(kernel, (*outs, weight), name, step, [direction], scales, offset)
 
@@ -205,6 +213,9 @@ class Noise:
         self, out: Tensor, name: str, step: int, terms: Sequence[tuple[int, float]], offset: int
     ) -> None:
         """`out += scale * z` for each `(direction, scale)` in order, on a float32 tensor."""
+        if self.in_native(out):
+            native.accumulate(out, self.law, self.address(name, step, NOISE), offset, terms)
+            return
         self._combine(out, (), name, step, terms, offset, True, None, ())
 
     def combine(
@@ -251,6 +262,9 @@ class Noise:
 
     def round(self, out: Tensor, exact: Tensor, name: str, step: int, offset: int) -> None:
         """Write float32 `exact` to a 16-bit `out`, up or down so that the mean is `exact`."""
+        if self.in_native(out):
+            native.round(out, exact, self.address(name, step, ROUNDING), offset)
+            return
 
         def arguments(block: int) -> tuple[object, ...]:
             return self._headers(name, step, ROUNDING, [0], block, out.device), factors(out.device)
@@ -301,12 +315,20 @@ class Noise:
 
         run(kernel, tensors, offset, arguments, fused=self.fused)
 
+    def address(self, name: str, step: int, stream: int, direction: int = 0) -> native.Address:
+        """What tells native.cpp where the random bits of this use are."""
+        key0, key1 = self._schedule(name)[:2]
+        return native.Address(key0, key1, step & generator.MASK, stream << 24 | direction)
+
+    def _schedule(self, name: str) -> list[int]:
+        if name not in self._schedules:
+            self._schedules[name] = generator.key_schedule(generator.stream_key(self.seed, name))
+        return self._schedules[name]
+
     def _headers(
         self, name: str, step: int, stream: int, directions: Sequence[int], block: int, device: torch.device
     ) -> Tensor:
         """int64 `[directions, 23]`, a header of `generator.words` for each direction."""
-        schedule = self._schedules.get(name)
-        if schedule is None:
-            schedule = self._schedules[name] = generator.key_schedule(generator.stream_key(self.seed, name))
+        schedule = self._schedule(name)
         heads = [[block, step & generator.MASK, stream << 24 | d, *schedule] for d in directions]
         return torch.tensor(heads, dtype=torch.int64, device=device)

@@ -13,7 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from zo_dist.noise import GROUP, Noise
+from zo_dist import native
+from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise
 from zo_dist.params import Param, Span
 
 Rounding = Literal["stochastic", "kahan", "nearest"]
@@ -36,7 +37,7 @@ class SGD:
             raise ValueError(f"weight_decay is {weight_decay}; it must be finite and at least 0")
         self.weight_decay = weight_decay
 
-    def scalars(self, lr: float, shape: torch.Size) -> tuple[float, ...]:
+    def scalars(self, lr: float, shape: torch.Size) -> tuple[float, float]:
         """What `apply` takes for a parameter of this shape: the learning rate, and the share that stays."""
         return lr, 1.0 - lr * self.weight_decay if len(shape) > 1 else 1.0
 
@@ -118,6 +119,13 @@ def update_span(
     `terms` are `(direction, coefficient)`, the coefficients already weighted and averaged; they are
     added up in float32 in the order given, so the result does not depend on how weights are cut.
     """
+    if noise.in_native(span.flat):
+        factor, keep = rule.scalars(lr, param.shape)
+        address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
+        lost = rounding.lost_of(span.name, 0, span.flat.numel())
+        drawn = bits if rounding.mode == "stochastic" else None
+        native.update(span.flat, lost, noise.law, address, span.offset, terms, drawn, keep, factor)
+        return
     scalars = torch.tensor(rule.scalars(lr, param.shape), dtype=torch.float64, device=span.flat.device)
     chunk = _CHUNK * torch.get_num_threads() if span.flat.device.type == "cpu" else _GPU_CHUNK
     for start in range(0, span.flat.numel(), chunk):

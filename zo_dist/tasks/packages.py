@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from zo_dist.cache import default_cache
+
 Row = dict[str, Any]
 
 
@@ -37,11 +39,6 @@ class Package:
     version: str
     sdist: bool = False  # the files that we want are in the source distribution alone
     build: Callable[[Path, Path], None]
-
-
-def default_cache() -> Path:
-    """The cache folder: the environment variable ZO_DIST_CACHE, else ~/.cache/zo_dist."""
-    return Path(os.environ.get("ZO_DIST_CACHE") or "~/.cache/zo_dist").expanduser()
 
 
 def fetch(source: str, package: Package, cache: Path | None = None) -> Path:

@@ -1,0 +1,326 @@
+// The noise of noise.py and the rounding of stochastic.py for a CPU, in one pass over the weights.
+//
+// Same bits as the torch operations there, which say what the numbers mean: the arithmetic is copied
+// operation by operation, and native.py compiles it so that no multiply and add are contracted. Work is
+// cut into units of 2048 elements, whose noise stays in a core's first cache.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+constexpr int64_t UNIT = 2048;
+constexpr int WORD = 32, BLOCK = 128, GAUSSIANS = 512, ROUNDINGS = 1024;
+
+template <class To, class From>
+inline To as(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &value, sizeof to);
+    return to;
+}
+
+struct BFloat16 {
+    uint16_t bits;
+};
+using Float16 = _Float16;
+
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) { return as<float>(uint32_t(x.bits) << 16); }
+inline float widen(Float16 x) { return float(x); }
+
+template <class T>
+inline T nearest(float x) {
+    return T(x);
+}
+template <>
+inline BFloat16 nearest<BFloat16>(float x) {
+    const uint32_t u = as<uint32_t>(x);
+    const uint32_t rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+    return {uint16_t(x != x ? 0x7FC0 : rounded)};
+}
+
+// `bits`: 16 random ones.
+template <class T>
+inline T stochastic(float exact, uint32_t bits);
+template <>
+inline float stochastic<float>(float exact, uint32_t) {
+    return exact;
+}
+template <>
+inline BFloat16 stochastic<BFloat16>(float exact, uint32_t bits) {
+    return {uint16_t((as<uint32_t>(exact) + bits) >> 16)};
+}
+template <>
+inline Float16 stochastic<Float16>(float exact, uint32_t bits) {
+    const float normal = as<float>((as<uint32_t>(exact) + (bits & 0x1FFF)) & ~0x1FFFu);
+    const float units = exact * 0x1p24f, below = std::floor(units);
+    const bool up = float(int32_t(bits)) >= 65536.0f - (units - below) * 65536.0f;
+    const float subnormal = (below + (up ? 1.0f : 0.0f)) * 0x1p-24f;
+    const bool small = std::fabs(exact) < 0x1p-14f;
+    return Float16(small ? std::copysign(subnormal, exact) : normal);
+}
+
+// Where random bits come from: the key and two words of the counter; the other two number the block.
+struct Stream {
+    uint32_t key0, key1, step, word;
+};
+
+// Words 0 to 3 of N blocks. Philox4x32-10, see generator.py.
+template <int N>
+inline void philox(const Stream& s, uint64_t first, uint32_t (&x)[4][N]) {
+#pragma omp simd
+    for (int i = 0; i < N; i++) {
+        const uint64_t number = first + uint64_t(i);
+        uint32_t x0 = uint32_t(number), x1 = uint32_t(number >> 32), x2 = s.step, x3 = s.word;
+        uint32_t k0 = s.key0, k1 = s.key1;
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; round++) {
+            const uint64_t p0 = uint64_t(0xD2511F53u) * x0, p1 = uint64_t(0xCD9E8D57u) * x2;
+            x0 = uint32_t(p1 >> 32) ^ x1 ^ k0;
+            x2 = uint32_t(p0 >> 32) ^ x3 ^ k1;
+            x1 = uint32_t(p1);
+            x3 = uint32_t(p0);
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        x[0][i] = x0, x[1][i] = x1, x[2][i] = x2, x[3][i] = x3;
+    }
+}
+
+inline void rademacher(const Stream& s, uint64_t unit, float* z) {
+    constexpr int N = UNIT / BLOCK;
+    uint32_t x[4][N];
+    philox<N>(s, unit * N, x);
+    for (int b = 0; b < N; b++)
+        for (int w = 0; w < 4; w++) {
+            const uint32_t word = x[w][b];
+            float* to = z + b * BLOCK + w * WORD;
+#pragma omp simd
+            for (int i = 0; i < WORD; i++)
+                to[i] = as<float>(0x3F800000u | (word << (31 - i) & 0x80000000u));
+        }
+}
+
+inline float logarithm(float u) {
+    const int32_t bits = as<int32_t>(u);
+    float exponent = float((bits >> 23) - 127);
+    float mantissa = as<float>((bits & 0x007FFFFF) | 0x3F800000);
+    const bool high = mantissa > 1.4142135623730951f;
+    mantissa = high ? mantissa * 0.5f : mantissa;
+    exponent = high ? exponent + 1.0f : exponent;
+    const float f = mantissa - 1.0f, square = f * f;
+    float p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f + -1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f + -1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f + -2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    const float tail = p * f * square - exponent * 2.12194440e-4f - square * 0.5f;
+    return (f + tail) + exponent * 0.693359375f;
+}
+
+// One tile of 512: the cosines of 256 pairs, then their sines.
+inline void gaussian(const Stream& s, uint64_t tile, float* z) {
+    uint32_t x[4][128];
+    philox<128>(s, tile * 128, x);
+    const uint32_t *radial = x[0], *angular = x[2];
+    constexpr float LEAST = 0x1p-33f, MOST = 1.0f - 0x1p-24f, TURN = float(3.141592653589793 * 0x1p-31);
+#pragma omp simd
+    for (int i = 0; i < GAUSSIANS / 2; i++) {
+        float u = float(int32_t(radial[i])) * 0x1p-32f + 0.5f;
+        u = u < LEAST ? LEAST : u;
+        u = u > MOST ? MOST : u;
+        const float square = logarithm(u) * -2.0f;
+        float radius = square * (1.0f / std::sqrt(square));
+        const int32_t turns = int32_t(angular[i]);
+        const float angle = float(turns >> 2) * TURN, t = angle * angle;
+        const float sine = ((t * -1.9515295891e-4f + 8.3321608736e-3f) * t - 1.6666654611e-1f) * t * angle + angle;
+        const float cosine =
+            ((t * 2.443315711809948e-5f - 1.388731625493765e-3f) * t + 4.166664568298827e-2f) * t * t - t * 0.5f + 1.0f;
+        const bool swap = turns & 1;
+        radius = turns & 2 ? -radius : radius;
+        z[i] = radius * (swap ? -sine : cosine);
+        z[i + GAUSSIANS / 2] = radius * (swap ? cosine : sine);
+    }
+}
+
+// z of the elements [from, to) of a unit; more may be written.
+inline void noise(int law, const Stream& s, uint64_t unit, int64_t from, int64_t to, float* z) {
+    if (law == 0) {
+        rademacher(s, unit, z);
+        return;
+    }
+    for (int64_t tile = from / GAUSSIANS; tile * GAUSSIANS < to; tile++)
+        gaussian(s, unit * (UNIT / GAUSSIANS) + uint64_t(tile), z + tile * GAUSSIANS);
+}
+
+// The odd constants of stochastic.py.
+struct Factors {
+    uint64_t of[32];
+    constexpr Factors() : of() {
+        uint64_t power = 1;
+        for (auto& f : of) f = power *= 0xD1342543DE82EF95u;
+    }
+};
+constexpr Factors FACTORS;
+
+// 16 random bits for each element of a unit.
+inline void random_bits(const Stream& s, uint64_t unit, uint32_t* out) {
+    constexpr int N = UNIT / BLOCK, HALF = ROUNDINGS / BLOCK;
+    uint32_t x[4][N];
+    philox<N>(s, unit * N, x);
+    for (int tile = 0; tile < UNIT / ROUNDINGS; tile++) {
+        uint64_t words[2 * HALF];
+        for (int b = 0; b < HALF; b++) {
+            const int i = tile * HALF + b;
+            words[b] = x[0][i] | uint64_t(x[1][i]) << 32;
+            words[b + HALF] = x[2][i] | uint64_t(x[3][i]) << 32;
+        }
+        for (int row = 0; row < 32; row++)
+#pragma omp simd
+            for (int c = 0; c < 2 * HALF; c++) {
+                const uint64_t pair = words[c] * FACTORS.of[row] >> 16 & 0x0000FFFF0000FFFFu;
+                std::memcpy(out + tile * ROUNDINGS + row * 32 + 2 * c, &pair, sizeof pair);
+            }
+    }
+}
+
+// body(unit, first and last element in it, first element in the tensors)
+template <class Body>
+void each_unit(uint64_t offset, int64_t numel, int threads, Body body) {
+    if (numel <= 0) return;
+    const uint64_t begin = offset / UNIT, end = (offset + uint64_t(numel) - 1) / UNIT + 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (end - begin > 8)
+    for (uint64_t unit = begin; unit < end; unit++) {
+        const int64_t start = int64_t(unit * UNIT - offset);  // of the unit, in the tensors
+        const int64_t from = std::max<int64_t>(0, -start), to = std::min<int64_t>(UNIT, numel - start);
+        body(unit, from, to, start);
+    }
+}
+
+template <class T>
+void shift(int law, T* plus, T* minus, const T* weight, int64_t numel, uint64_t offset, Stream s,
+           const float* scales, int threads) {
+    const float a = scales[0], b = minus ? scales[1] : 0.0f;
+    each_unit(offset, numel, threads, [=](uint64_t unit, int64_t from, int64_t to, int64_t start) {
+        float z[UNIT];
+        noise(law, s, unit, from, to, z);
+        if (minus) {
+#pragma omp simd
+            for (int64_t i = from; i < to; i++) {
+                const float exact = widen(weight[start + i]);
+                plus[start + i] = nearest<T>(exact + z[i] * a);
+                minus[start + i] = nearest<T>(exact + z[i] * b);
+            }
+        } else {
+#pragma omp simd
+            for (int64_t i = from; i < to; i++)
+                plus[start + i] = nearest<T>(widen(weight[start + i]) + z[i] * a);
+        }
+    });
+}
+
+// total += scale * z for each direction in order.
+inline void add_up(int law, Stream s, const uint32_t* words, const float* scales, int count, uint64_t unit,
+                   int64_t from, int64_t to, float* total) {
+    float z[UNIT];
+    for (int d = 0; d < count; d++) {
+        s.word = words[d];
+        noise(law, s, unit, from, to, z);
+        const float scale = scales[d];
+#pragma omp simd
+        for (int64_t i = from; i < to; i++) total[i] += z[i] * scale;
+    }
+}
+
+template <class T>
+void update(int law, T* weight, T* lost, int64_t numel, uint64_t offset, Stream s, const uint32_t* words,
+            const float* scales, int count, bool randomly, uint32_t rounding, float keep, float lr, int threads) {
+    each_unit(offset, numel, threads, [=](uint64_t unit, int64_t from, int64_t to, int64_t start) {
+        float total[UNIT];
+        // -0 + x is x, where 0 + x would lose the sign of a zero: see Noise.combine.
+        std::fill_n(total, UNIT, count == 1 ? -0.0f : 0.0f);
+        add_up(law, s, words, scales, count, unit, from, to, total);
+        T* w = weight + start;
+        if (randomly) {
+            uint32_t bits[UNIT];
+            random_bits({s.key0, s.key1, s.step, rounding}, unit, bits);
+#pragma omp simd
+            for (int64_t i = from; i < to; i++)
+                w[i] = stochastic<T>(widen(w[i]) * keep - total[i] * lr, bits[i]);
+        } else if (lost) {
+            T* l = lost + start;
+#pragma omp simd
+            for (int64_t i = from; i < to; i++) {
+                const float exact = (widen(w[i]) + widen(l[i])) * keep - total[i] * lr;
+                w[i] = nearest<T>(exact);
+                l[i] = nearest<T>(exact - widen(w[i]));
+            }
+        } else {
+#pragma omp simd
+            for (int64_t i = from; i < to; i++) w[i] = nearest<T>(widen(w[i]) * keep - total[i] * lr);
+        }
+    });
+}
+
+template <class T>
+void round_to(T* out, const float* exact, int64_t numel, uint64_t offset, Stream s, int threads) {
+    each_unit(offset, numel, threads, [=](uint64_t unit, int64_t from, int64_t to, int64_t start) {
+        uint32_t bits[UNIT];
+        random_bits(s, unit, bits);
+#pragma omp simd
+        for (int64_t i = from; i < to; i++) out[start + i] = stochastic<T>(exact[start + i], bits[i]);
+    });
+}
+
+// Calls `function` with a null pointer of the weights' type, by the number native.py gives it.
+template <class Function>
+void with_type(int dtype, Function function) {
+    if (dtype == 0) function(static_cast<float*>(nullptr));
+    if (dtype == 1) function(static_cast<BFloat16*>(nullptr));
+    if (dtype == 2) function(static_cast<Float16*>(nullptr));
+}
+
+}  // namespace
+
+extern "C" {
+
+void zo_shift(int dtype, int law, void* plus, void* minus, const void* weight, int64_t numel, uint64_t offset,
+              const Stream* s, const float* scales, int threads) {
+    with_type(dtype, [&](auto* type) {
+        using T = decltype(type);
+        shift(law, T(plus), T(minus), static_cast<const std::remove_pointer_t<T>*>(weight), numel, offset, *s,
+              scales, threads);
+    });
+}
+
+void zo_accumulate(int law, float* out, int64_t numel, uint64_t offset, const Stream* s, const uint32_t* words,
+                   const float* scales, int count, int threads) {
+    each_unit(offset, numel, threads, [=](uint64_t unit, int64_t from, int64_t to, int64_t start) {
+        add_up(law, *s, words, scales, count, unit, from, to, out + start);
+    });
+}
+
+void zo_round(int dtype, void* out, const float* exact, int64_t numel, uint64_t offset, const Stream* s,
+              int threads) {
+    with_type(dtype, [&](auto* type) {
+        round_to(static_cast<decltype(type)>(out), exact, numel, offset, *s, threads);
+    });
+}
+
+void zo_update(int dtype, int law, void* weight, void* lost, int64_t numel, uint64_t offset, const Stream* s,
+               const uint32_t* words, const float* scales, int count, int randomly, uint32_t rounding, float keep,
+               float lr, int threads) {
+    with_type(dtype, [&](auto* type) {
+        using T = decltype(type);
+        update(law, T(weight), T(lost), numel, offset, *s, words, scales, count, randomly != 0, rounding, keep,
+               lr, threads);
+    });
+}
+}
