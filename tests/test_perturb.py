@@ -67,10 +67,10 @@ def test_stacked_losses_are_those_of_perturbed_copies_of_the_model(kind: str, sa
     optimizer.step_batch(batch, spy)
     (stacked,) = spy.calls
     expected = []
-    for direction, draw in enumerate(optimizer.draws):
+    for direction, arms in enumerate(optimizer.record.arms):
         rows = {key: value[2 * direction : 2 * direction + 2] for key, value in batch.items()}
         for sign in (1.0, -1.0):
-            shifted = copy_at(model, direction, sign, [optimizer.arms[a] for a in draw.arms])
+            shifted = copy_at(model, direction, sign, [optimizer.arms[a] for a in arms])
             out = loss_of(shifted, rows)
             expected.append(out[0] if isinstance(out, tuple) else out)
     wanted = torch.cat(expected)
@@ -322,7 +322,7 @@ def test_autocast_around_the_closure_sees_each_probe(mode: str) -> None:
         optimizer = optimizer_of(model, perturb=mode, eps=0.125)
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             optimizer.step(lambda: loss_of(model, batch).mean())
-        slopes[cast] = optimizer.slopes[0]
+        slopes[cast] = optimizer.record.slopes[0]
     assert slopes[True] != 0.0
     # bfloat16 keeps 8 bits: each loss is off by a few times 2**-8 of itself, over 2 eps = 1/4.
     loss = float(loss_of(model, batch).mean().detach())

@@ -148,4 +148,4 @@ def test_positions_are_no_rows_even_where_there_are_as_many() -> None:
     loss = first.step_batch({"x": x}, lambda m, b: m(b["x"]).square().mean((1, 2)))
     # The same rows by the same kernels, but for the order of sums in a product over more rows.
     assert loss == pytest.approx(second.step(lambda: single(x).square().mean()), abs=1e-6)
-    assert first.slopes == pytest.approx(second.slopes, abs=1e-6 / first.eps)
+    assert first.record.slopes == pytest.approx(second.record.slopes, abs=1e-6 / first.eps)

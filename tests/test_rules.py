@@ -249,7 +249,7 @@ def test_a_run_compiles_before_its_first_step_and_not_after(monkeypatch: pytest.
     shared = set()
     for _ in range(6):
         optimizer.step_batch(rows, loss)
-        shared |= {sum(arm in draw.arms for draw in optimizer.draws) for arm in range(4)}
+        shared |= {sum(arm in arms for arms in optimizer.record.arms) for arm in range(4)}
     assert {1, 2, 3, 4, 5} <= shared
     assert counters["stats"]["unique_graphs"] == graphs > 0
 

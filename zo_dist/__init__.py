@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from zo_dist.engines import DesyncError
 from zo_dist.estimators import OneSided, TwoSided
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
 from zo_dist.rules import SGD
 from zo_dist.samplers import AdaLeZO, Dense, Uniform
 from zo_dist.selfcheck import SelfCheckError
 from zo_dist.tasks.scoring import causal_lm_loss, choice_loss
+from zo_dist.trajectory import StepRecord, TrajectoryError, TrajectoryReader, TrajectoryWriter
 
 __version__ = "0.1.0"
 
@@ -15,9 +17,14 @@ __all__ = [
     "SGD",
     "AdaLeZO",
     "Dense",
+    "DesyncError",
     "NonFiniteLossError",
     "OneSided",
     "SelfCheckError",
+    "StepRecord",
+    "TrajectoryError",
+    "TrajectoryReader",
+    "TrajectoryWriter",
     "TwoSided",
     "Uniform",
     "ZeroOrder",

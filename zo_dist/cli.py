@@ -1,4 +1,4 @@
-"""The command line: `zo-dist train | eval`, the same as `python -m zo_dist`, under any launcher."""
+"""The command line: `zo-dist train | eval | replay`, the same as `python -m zo_dist`, under any launcher."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from torch import nn
 from zo_dist.config import Config, load_config
 from zo_dist.engines import Engine, initialize_process_group, leave_process_group
 from zo_dist.optimizer import NonFiniteLossError
+from zo_dist.settings import apply_overrides, build
+from zo_dist.trajectory import TrajectoryReader
 
 _EXAMPLE = "torchrun --nproc-per-node 2 -m zo_dist train configs/quickstart.yaml optimizer.lr=5e-7"
 
@@ -48,7 +50,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     # The deepspeed launcher adds it; what counts is the environment, which it sets as well.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | replay")
     train = commands.add_parser("train", help="fine-tune a model as a config file says")
     train.add_argument("config", help="YAML file; every key is described in zo_dist/config.py")
     evaluate = commands.add_parser("eval", help="accuracy and loss on the test split")
@@ -56,7 +58,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "model", help="a run's folder, a saved model, or any model source; replaces model.source"
     )
     evaluate.add_argument("config", nargs="?", help="YAML file; default: the config.yaml of the run")
-    for command in (train, evaluate):
+    replay = commands.add_parser("replay", help="rebuild the weights of a run from its log, without data")
+    replay.add_argument("base", help="the model that the run started from: a folder or any model source")
+    replay.add_argument("log", help="the trajectory.zo of a run")
+    replay.add_argument("--to", required=True, metavar="FOLDER", help="where the rebuilt model is saved")
+    replay.add_argument(
+        "--step", type=int, metavar="N", help="stop after N steps; default: all that are logged"
+    )
+    for command in (train, evaluate, replay):
         command.add_argument(
             "--deepspeed", metavar="DS_JSON", help="short for engine.kind=deepspeed engine.deepspeed=DS_JSON"
         )
@@ -80,9 +89,11 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     # Imports transformers: `--help` and a mistake in the config need not wait for it.
     from transformers.utils.logging import disable_progress_bar
 
-    from zo_dist.train import run_evaluation, run_training
+    from zo_dist.train import run_evaluation, run_replay, run_training
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
+    if args.command == "replay":
+        return run_replay(config, Path(args.log), Path(args.to), args.step, ranks)
     return run_training(config, ranks) if args.command == "train" else run_evaluation(config, ranks)
 
 
@@ -92,6 +103,8 @@ def _config(args: argparse.Namespace) -> Config:
         overrides += ["engine.kind=deepspeed", f"engine.deepspeed={json.dumps(args.deepspeed)}"]
     if args.command == "train":
         return load_config(args.config, overrides)
+    if args.command == "replay":
+        return _replayed(args, overrides)
     model, path = Path(args.model), args.config
     if (model / "config.yaml").is_file():
         path = path or model / "config.yaml"
@@ -104,6 +117,17 @@ def _config(args: argparse.Namespace) -> Config:
     config = load_config(path, overrides)
     source = str(model) if model.exists() else args.model
     return dataclasses.replace(config, model=dataclasses.replace(config.model, source=source))
+
+
+def _replayed(args: argparse.Namespace, overrides: list[str]) -> Config:
+    """The config of the run that wrote the log, with the base model and what was overridden."""
+    if args.step is not None and args.step < 0:
+        raise ValueError(f"--step is {args.step}; it must be at least 0")
+    settings = TrajectoryReader(args.log).header.get("config")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{args.log} was not written by zo-dist train: replay it with zo_dist.replay.replay")
+    apply_overrides(settings, [*overrides, f"model.source={json.dumps(args.base)}"])
+    return build(Config, settings)
 
 
 def _configure_logging() -> None:

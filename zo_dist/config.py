@@ -208,7 +208,9 @@ class TrainConfig:
     share of `lr` the schedule ends at. `eval_every`: steps between evaluations on the first
     `eval_rows` validation rows, 0 for none; `eval_micro_rows`: rows of one forward there.
     `save_best`: keep the weights with the lowest validation loss too. `max_seconds`: stop after
-    the step during which this much training time has passed.
+    the step during which this much training time has passed. `sync_every`: steps after which the log
+    of the run, trajectory.zo, is forced to the disk; 0 leaves that to the system. (A killed process
+    loses no step that was logged; a machine that fails may lose the steps not forced to its disk.)
     """
 
     steps: int
@@ -226,10 +228,11 @@ class TrainConfig:
     log_every: int = 1
     tensorboard: bool = True
     max_seconds: float | None = None
+    sync_every: int = 1
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "rows", "eval_rows", "eval_micro_rows", "log_every")
-        _at_least(self, 0, "warmup_steps", "eval_every")
+        _at_least(self, 0, "warmup_steps", "eval_every", "sync_every")
         if self.micro_rows is not None:
             _at_least(self, 1, "micro_rows")
         if not 0.0 <= self.final_fraction <= 1.0:

@@ -28,6 +28,9 @@ from zo_dist.stochastic import STOCHASTIC, factors
 Law = Literal["rademacher", "gaussian"]
 LAWS: tuple[str, ...] = get_args(Law)
 
+# Which bits there are: raised with any change of them, so that a log is not replayed with others.
+VERSION = 1
+
 # Streams keep the uses of one parameter's key apart; the number is the top byte of the counter.
 NOISE, ROUNDING, DRAW = 0, 1, 2
 

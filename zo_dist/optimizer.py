@@ -20,6 +20,7 @@ from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, closure_sums, fi
 from zo_dist.rules import SGD, Rounding, Rounding16, Rule, update_span, use_each_kernel
 from zo_dist.samplers import Dense, Draw, Sampler
 from zo_dist.selfcheck import check_engine
+from zo_dist.trajectory import StepRecord, TrajectoryError
 
 Perturb = Literal["module", "shard"]
 
@@ -96,8 +97,8 @@ class ZeroOrder(torch.optim.Optimizer):
             self.eps, self.directions, self.perturb = eps, directions, perturb
             self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
             self.step_count = self.skipped = self.skipped_in_a_row = 0
-            self.draws: list[Draw] = []
-            self.slopes: list[float] = []
+            # What the last step wrote: nothing yet.
+            self.record = StepRecord(-1, lr)
         self.engine.require_equal("the optimizer's settings", self._settings(lr))
         super().__init__([p.param for p in self.params], {"lr": lr})
 
@@ -133,30 +134,53 @@ class ZeroOrder(torch.optim.Optimizer):
         self._opt_called = True
         draws = [self.sampler.draw(step, d) for d in range(self.directions)]
         with evaluating(self.engine.module):
-            sums = self.engine.reduce(self._sums(evaluate, draws, step))
+            sums = self.engine.reduce(self._sums(evaluate, draws, step), alike=(lr, draws, self.record))
         losses, weights = sums[..., 0] / sums[..., 1], sums[..., 1].sum(1)
         slopes = self.estimator.slopes(losses, self.eps)
-        if not bool(torch.isfinite(slopes).all()):
-            return self._skip(step)
         # Each direction's share of the rows (or tokens): the update is the mean over all rows.
-        coefs = (slopes * weights / weights.sum()).tolist()
-        terms: dict[int, list[tuple[int, float]]] = {}
-        for direction, draw in enumerate(draws):
-            for arm, weight in zip(draw.arms, draw.weights, strict=True):
-                terms.setdefault(arm, []).append((direction, coefs[direction] * weight))
-        if lr:
-            self._write(terms, step, lr)
-        self.draws, self.slopes = draws, slopes.tolist()
-        self.sampler.observe(draws, self.slopes)
-        self.skipped_in_a_row = 0
+        coefs = slopes * weights / weights.sum()
+        self.record = StepRecord.of(step, lr, draws, slopes.tolist(), coefs.tolist())
+        if not self.record.finite:
+            return self._skip(step, lr)
+        self._finish(self.record, draws)
         return float(sums[..., 0].sum() / sums[..., 1].sum())
 
-    def _write(self, terms: dict[int, list[tuple[int, float]]], step: int, lr: float) -> None:
+    def _finish(self, record: StepRecord, draws: list[Draw]) -> None:
+        if record.lr:
+            self._write(record)
+        self.sampler.observe(draws, record.slopes)
+        self.skipped_in_a_row = 0
+
+    def _write(self, record: StepRecord) -> None:
+        terms = record.terms
         params = {p.name: (p, arm) for arm in sorted(terms) for p in self.arms[arm].params}
         for span in self.engine.spans([p for p, _ in params.values()]):
             param, arm = params[span.name]
-            update_span(span, param, terms[arm], self.rule, self.rounding, self.noise, step, lr)
+            args = self.rule, self.rounding, self.noise, record.step, record.lr
+            update_span(span, param, terms[arm], *args)
         self.engine.publish()
+
+    @torch.no_grad()
+    def replay(self, record: StepRecord) -> None:
+        """Do what a step of a run with the same settings did, from its record alone: no forward.
+
+        Afterwards weights, sampler and counters are as after that step, bit for bit, on any engine and
+        number of ranks. Raises TrajectoryError if another step is due, or its draws are not those
+        of this sampler. Cost: the write of a step.
+        """
+        if record.step != self.step_count:
+            raise TrajectoryError(f"step {record.step} cannot follow: the next is step {self.step_count}")
+        draws = [self.sampler.draw(record.step, d) for d in range(len(record.slopes))]
+        if tuple(draw.arms for draw in draws) != record.arms:
+            raise TrajectoryError(
+                f"step {record.step} drew other arms than {type(self.sampler).__name__} draws here: the log "
+                "was written with another sampler, or other options or an earlier state of it"
+            )
+        self.record, self.step_count = record, record.step + 1
+        if record.slopes:
+            self._finish(record, draws)
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
 
     def _sums(self, evaluate: Callable[[StepProbes], Tensor], draws: list[Draw], step: int) -> Tensor:
         try:
@@ -177,7 +201,8 @@ class ZeroOrder(torch.optim.Optimizer):
             perturbation = ShardPerturbation(self.noise, step, self.eps, self.engine.publish)
         return StepProbes(self.engine, drawn, self.estimator.signs, perturbation)
 
-    def _skip(self, step: int) -> float:
+    def _skip(self, step: int, lr: float) -> float:
+        self.record = StepRecord(step, lr)
         self.skipped += 1
         self.skipped_in_a_row += 1
         log.warning("step %d skipped: a loss is not finite; no weight was written", step)
@@ -245,8 +270,7 @@ class ZeroOrder(torch.optim.Optimizer):
         settings.update(perturb=self.perturb, noise=self.noise.law, seed=self.noise.seed)
         settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
         for part in (self.sampler, self.estimator, self.rule):
-            options = {k: v for k, v in vars(part).items() if isinstance(v, int | float | str)}
-            settings[type(part).__name__] = options
+            settings[type(part).__name__] = options_of(part)
         settings["parameters"] = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in self.params]
         return settings
 
@@ -278,3 +302,8 @@ class ZeroOrder(torch.optim.Optimizer):
             self.rounding.lost[name].copy_(tensor)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
+
+
+def options_of(part: object) -> dict[str, int | float | str]:
+    """The settings of a sampler, estimator or rule; its state is in lists and tensors."""
+    return {k: v for k, v in vars(part).items() if isinstance(v, int | float | str)}

@@ -1,18 +1,23 @@
-"""The training program: load, shard, evaluate, step, save. `run_training` is the order of a run."""
+"""What the commands do: train, evaluate, replay. `run_training` is the order of a run."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import logging
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+import zo_dist
 from zo_dist.batches import StepBatches
 from zo_dist.checkpoint import save_model
 from zo_dist.config import Config
@@ -22,10 +27,14 @@ from zo_dist.evaluate import Score, evaluate
 from zo_dist.models import load_model, load_tokenizer, longest_input
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.probes import RowLoss
+from zo_dist.replay import identity, replay
 from zo_dist.report import plot_run
 from zo_dist.runlog import RunLog
 from zo_dist.schedule import make_scheduler
 from zo_dist.tasks import EncodedRow, choice_loss, get_task, option_nll_loss
+from zo_dist.trajectory import StepRecord, TrajectoryWriter
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +56,19 @@ def prepare(config: Config, ranks: Engine) -> Prepared:
     ValueError on every rank if a rank's config differs, or anything cannot be fetched or read.
     """
     ranks.require_equal("the config", config.flat())
-    try:
-        tokenizer, hf_config = on_each_node_first(lambda: load_tokenizer(config.model))
-        longest = longest_input(hf_config)
-        data = on_each_node_first(lambda: load_data(config.data, tokenizer, longest))
-    except RuntimeError as error:  # a download that failed, here or on another rank
-        raise ValueError(str(error)) from error
+    tokenizer, hf_config = fetched(lambda: load_tokenizer(config.model))
+    longest = longest_input(hf_config)
+    data = fetched(lambda: load_data(config.data, tokenizer, longest))
     model = load_model(config, hf_config, ranks.device, ranks.rank, ranks.num_ranks)
     return Prepared(model, tokenizer, data)
+
+
+def fetched(job: Callable[[], T]) -> T:
+    """What `job` makes, once per node first; ValueError if it cannot be downloaded, here or elsewhere."""
+    try:
+        return on_each_node_first(job)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
@@ -97,7 +111,7 @@ def build_batches(config: Config, data: RunData, engine: Engine) -> StepBatches:
 def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
     """A whole run; returns its result, the same on every rank. Every rank must call it.
 
-    Writes to `train.output`: config.yaml, metrics.jsonl, tensorboard/, best/, last/, run.png,
+    Writes to `train.output`: config.yaml, metrics.jsonl, tensorboard/, best/, last/, trajectory.zo, run.png,
     result.json. `seconds` in the result is the wall clock from the first step to the last, with the
     evaluations and saves between them; without loading, compiling and the start-up check, and without
     the test before and after.
@@ -109,9 +123,12 @@ def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
         if engine.rank == 0:
             output.mkdir(parents=True, exist_ok=True)
             (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    with RunLog(
-        output, rank=engine.rank, steps=config.train.steps, tensorboard=config.train.tensorboard
-    ) as run_log:
+    with (
+        RunLog(
+            output, rank=engine.rank, steps=config.train.steps, tensorboard=config.train.tensorboard
+        ) as run_log,
+        begin_trajectory(config, optimizer, output) as trajectory,
+    ):
         run_log.write(
             "run",
             engine=engine.name,
@@ -123,7 +140,7 @@ def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
         before = score(config, engine, data, data.test)
         run_log.write("eval", 0, split="test", seconds=0.0, accuracy=before.accuracy, loss=before.loss)
         log.info("before training: test accuracy %.4f, loss %.4f", before.accuracy, before.loss)
-        seconds = Loop(config, optimizer, prepared, run_log, output).run()
+        seconds = Loop(config, optimizer, prepared, run_log, trajectory, output).run()
         steps = optimizer.step_count
         if config.train.save_last:
             save_model(engine, output / "last", prepared.tokenizer)
@@ -140,6 +157,29 @@ def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
     return result
 
 
+@contextmanager
+def begin_trajectory(
+    config: Config, optimizer: ZeroOrder, output: Path
+) -> Iterator[Callable[[StepRecord], None]]:
+    """What appends a step to the log of the run. Every rank must call it, and learns if it failed."""
+    engine = optimizer.engine
+    header = {**identity(optimizer), "config": dataclasses.asdict(config), "zo_dist": zo_dist.__version__}
+    with ExitStack() as stack:
+        with engine.jointly():
+            if engine.rank == 0:
+                writer = TrajectoryWriter(
+                    output / "trajectory.zo", header, sync_every=config.train.sync_every
+                )
+                stack.enter_context(writer)
+
+        def append(record: StepRecord) -> None:
+            with engine.jointly():
+                if engine.rank == 0:
+                    writer.append(record)
+
+        yield append
+
+
 def run_evaluation(config: Config, ranks: Engine) -> dict[str, Any]:
     """Accuracy and loss of `model.source` on the test split. Every rank must call it."""
     prepared = prepare(config, ranks)
@@ -151,6 +191,26 @@ def run_evaluation(config: Config, ranks: Engine) -> dict[str, Any]:
     }
 
 
+def run_replay(config: Config, log: Path, out: Path, steps: int | None, ranks: Engine) -> dict[str, Any]:
+    """Replay on the model that the config names and save the result to the folder `out`.
+
+    Every rank must call it. Returns what it did, the same on every rank but for the clock.
+    """
+    ranks.require_equal("the config", config.flat())
+    tokenizer, hf_config = fetched(lambda: load_tokenizer(config.model))
+    model = load_model(config, hf_config, ranks.device, ranks.rank, ranks.num_ranks)
+    # The same bits, sooner.
+    fast = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, compile=True))
+    optimizer = build_optimizer(fast, model)
+    start = time.perf_counter()
+    done = replay(optimizer, log, steps)
+    seconds = time.perf_counter() - start
+    save_model(optimizer.engine, out, tokenizer)
+    result: dict[str, Any] = {"steps": done, "seconds": round(seconds, 2), "model": str(out)}
+    result["steps_per_second"] = round(done / seconds, 2)
+    return result | {"engine": optimizer.engine.name, "ranks": optimizer.engine.num_ranks}
+
+
 def score(config: Config, engine: Engine, data: RunData, rows: list[EncodedRow]) -> Score:
     return evaluate(engine, rows, micro_rows=config.train.eval_micro_rows, pad_id=data.pad_id, fast=data.fast)
 
@@ -159,10 +219,16 @@ class Loop:
     """The steps of a run, with the evaluations between them."""
 
     def __init__(
-        self, config: Config, optimizer: ZeroOrder, prepared: Prepared, run_log: RunLog, output: Path
+        self,
+        config: Config,
+        optimizer: ZeroOrder,
+        prepared: Prepared,
+        run_log: RunLog,
+        append: Callable[[StepRecord], None],
+        output: Path,
     ) -> None:
         self._config, self._optimizer, self._prepared = config, optimizer, prepared
-        self._log, self._output = run_log, output
+        self._log, self._append, self._output = run_log, append, output
         self._best = math.inf
         self._batches = build_batches(config, prepared.data, optimizer.engine)
 
@@ -177,6 +243,7 @@ class Loop:
         for step in range(1, settings.steps + 1):
             lr = optimizer.param_groups[0]["lr"]
             loss = optimizer.step_batch(self._batches[step - 1], row_loss)
+            self._append(optimizer.record)
             scheduler.step()
             # The last step by the clock of rank 0: ranks must agree on which that is.
             last = step == settings.steps or self._out_of_time()
@@ -201,10 +268,9 @@ class Loop:
     def _write_step(self, step: int, loss: float, lr: float) -> None:
         optimizer = self._optimizer
         drawn = [0] * len(optimizer.arms)
-        for draw in optimizer.draws:
-            for arm in draw.arms:
-                drawn[arm] += 1
-        slopes = [abs(slope) for slope in optimizer.slopes]
+        for arm in itertools.chain(*optimizer.record.arms):
+            drawn[arm] += 1
+        slopes = [abs(slope) for slope in optimizer.record.slopes]
         self._log.write(
             "step",
             step,

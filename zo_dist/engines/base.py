@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zo_dist.engines.agreement import digest, fingerprint, require_alike
 from zo_dist.params import Param, Span
 
 T = TypeVar("T")
@@ -76,13 +76,44 @@ class Engine:
         dist.all_gather_single(everyone, mine)
         return everyone.cpu().view(self.num_ranks, -1)
 
-    def reduce(self, values: Tensor) -> Tensor:
-        """Sum of float64 `values` over ranks, added in rank order: the same bits everywhere."""
-        everyone = self.exchange(values)
-        total = everyone[0].clone()
-        for row in everyone[1:]:
+    def reduce(self, values: Tensor, alike: object = None) -> Tensor:
+        """Sum of float64 `values` over ranks, added in rank order: the same bits everywhere.
+
+        `alike`: what must be the same on every rank, compared by a digest of its `repr` that travels
+        along (8 bytes). Raises DesyncError on every rank, naming those that differ, if it is not.
+        """
+        mine = values.reshape(-1)
+        everyone = self.exchange(torch.cat([mine, mine.new_tensor([digest(repr(alike))])]))
+        digests = everyone[:, -1].tolist()
+        require_alike(dict(enumerate(digests)), "what they draw in this step or wrote in the last")
+        total = everyone[0, :-1].clone()
+        for row in everyone[1:, :-1]:
             total += row
         return total.view(values.shape)
+
+    def fingerprints(self, params: Sequence[Param]) -> dict[str, int]:
+        """64 bits of each whole weight, for any number of ranks and way of sharding the same.
+
+        A collective of 32 bytes per parameter and rank, after one pass over this rank's weights. Raises
+        DesyncError, naming the ranks, where two hold different copies of the same piece.
+        """
+        spans = {span.name: span for span in self.spans(params)}
+        rows = []
+        for param in params:
+            span = spans.get(param.name, Span(param.name, torch.empty(0), 0))
+            bits = fingerprint(span.flat, span.offset)
+            rows.append([float(x) for x in (span.offset, span.flat.numel(), bits >> 32, bits & 0xFFFFFFFF)])
+        everyone = self.exchange(torch.tensor(rows, dtype=torch.float64)).view(self.num_ranks, -1, 4)
+        whole: dict[str, int] = {}
+        for i, param in enumerate(params):
+            pieces: dict[int, dict[int, int]] = {}
+            for rank, (offset, numel, high, low) in enumerate(everyone[:, i].to(torch.int64).tolist()):
+                if numel:
+                    pieces.setdefault(offset, {})[rank] = high << 32 | low
+            for copies in pieces.values():
+                require_alike(copies, f"the weight {param.name}")
+            whole[param.name] = sum(next(iter(c.values())) for c in pieces.values()) & (1 << 64) - 1
+        return whole
 
     def require_equal(
         self, what: str, settings: Mapping[str, object], among: Sequence[int] | None = None
@@ -91,8 +122,8 @@ class Engine:
 
         `among`: the ranks that this one must agree with, where those are not all.
         """
-        digests = [_digest(f"{key}={value!r}") for key, value in settings.items()]
-        everyone = self.exchange([float(len(digests)), float(_digest(repr(list(settings))))])
+        digests = [digest(f"{key}={value!r}") for key, value in settings.items()]
+        everyone = self.exchange([float(len(digests)), float(digest(repr(list(settings))))])
         if bool((everyone != everyone[0]).any()):
             raise ValueError(f"ranks disagree on which settings {what} has")
         theirs = self.exchange([float(d) for d in digests])[slice(None) if among is None else among]
@@ -136,21 +167,6 @@ def await_each_forward(module: nn.Module) -> None:
     copies of a forward whose loss this rank does not read, as when none of its rows counted.
     """
     module.register_forward_hook(lambda *_: torch.accelerator.synchronize())
-
-
-def fingerprint(weight: Tensor) -> int:
-    """The wrapped sum of the bits of each element times its position: any order or bit shows."""
-    bits = weight.detach().reshape(-1).view(torch.uint8).view(-1, weight.element_size())
-    words = torch.zeros(len(bits), dtype=torch.int64, device=weight.device)
-    for byte in range(weight.element_size()):
-        words += bits[:, byte].to(torch.int64) << (8 * byte)
-    positions = torch.arange(1, len(words) + 1, device=weight.device)
-    return int((words * positions).sum())
-
-
-def _digest(text: str) -> int:
-    """48 bits of `text`: exact in a float64."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
 
 def initialize_process_group(timeout_s: float = 600.0) -> torch.device:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from zo_dist.engines.base import Engine, await_each_forward, fingerprint
+from zo_dist.engines.agreement import fingerprint
+from zo_dist.engines.base import Engine, await_each_forward
 from zo_dist.params import Param, Span, canonical_name
 
 

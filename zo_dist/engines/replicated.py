@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from zo_dist.engines.base import Engine, fingerprint
+from zo_dist.engines.agreement import fingerprint
+from zo_dist.engines.base import Engine
 from zo_dist.params import Param, Span, canonical_name
 
 

@@ -1,0 +1,352 @@
+"""The log of a run: every bit of it counts, and what it says is what the run did."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import table
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import build, loss_of, rows_for
+from reference import Reference
+from tiny_run import launch, result_of, write_config, write_model
+from workers import digest, needs_deepspeed, whole_weights
+
+import zo_dist
+from zo_dist.cli import main
+from zo_dist.replay import identity, replay
+from zo_dist.trajectory import StepRecord, TrajectoryError, TrajectoryReader, TrajectoryWriter
+
+NUM_ARMS = 34
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def step_records(draw: Any) -> StepRecord:
+    num_directions = draw(st.integers(0, 5))
+    arms = [
+        tuple(sorted(draw(st.sets(st.integers(0, NUM_ARMS - 1), min_size=1)))) for _ in range(num_directions)
+    ]
+    scale = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    scales = [tuple(draw(st.lists(scale, min_size=len(a), max_size=len(a)))) for a in arms]
+    slopes = draw(st.lists(FINITE, min_size=num_directions, max_size=num_directions))
+    return StepRecord(draw(st.integers(0, 2**63)), draw(FINITE), tuple(slopes), tuple(arms), tuple(scales))
+
+
+@given(step_records())
+def test_a_record_is_read_as_it_was_written(record: StepRecord) -> None:
+    again = StepRecord.unpack(record.pack(NUM_ARMS), NUM_ARMS)
+    assert again == record
+    # Equal is not enough: 0.0 equals -0.0.
+    assert repr(again) == repr(record)
+
+
+def written(path: Path, steps: int = 6, num_arms: int = NUM_ARMS) -> list[StepRecord]:
+    """A log of random steps, one of them skipped, and what is in it."""
+    draw = random.Random(0)
+    records = []
+    for step in range(steps):
+        arms = [tuple(sorted(draw.sample(range(num_arms), 6))) for _ in range(0 if step == 3 else 2)]
+        scales = [torch.randn(6).tolist() if i else [0.25] * 6 for i in range(len(arms))]
+        slopes = tuple(draw.gauss(0, 1) for _ in arms)
+        records.append(StepRecord(step, 1e-4, slopes, tuple(arms), tuple(map(tuple, scales))))
+    with TrajectoryWriter(path, {"arms": [f"layer {i}" for i in range(num_arms)], "seed": 3}) as log:
+        for record in records:
+            log.append(record)
+    return records
+
+
+def test_a_log_is_read_as_it_was_written(tmp_path: Path) -> None:
+    records = written(tmp_path / "log")
+    reader = TrajectoryReader(tmp_path / "log")
+    assert reader.header["seed"] == 3
+    assert list(reader) == records
+    assert list(reader) == records, "a second reading begins again"
+    assert reader.end == (tmp_path / "log").stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_any_byte_that_is_changed_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    written(path)
+    whole = path.read_bytes()
+    changes = [(at, 1 << bit) for at in range(len(whole)) for bit in (0, 3, 7)]
+    assert len(changes) > 1000
+    for at, change in changes:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :])
+        with pytest.raises(TrajectoryError, match=r"offset|begins otherwise"):
+            list(TrajectoryReader(path))
+
+
+def test_a_log_that_is_cut_anywhere_gives_its_whole_records(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "log"
+    records = written(path)
+    whole, ends = path.read_bytes(), [TrajectoryReader(path).end]
+    reader = TrajectoryReader(path)
+    ends += [reader.end for _ in reader]
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        if size < ends[0]:
+            with pytest.raises(TrajectoryError):
+                TrajectoryReader(path)
+            continue
+        caplog.clear()
+        expected = sum(end <= size for end in ends[1:])
+        reader = TrajectoryReader(path)
+        assert list(reader) == records[:expected]
+        torn = size - ends[expected]
+        assert (reader.end, reader.torn) == (ends[expected], torn)
+        assert [r.levelno for r in caplog.records] == ([logging.WARNING] if torn else [])
+
+
+def test_a_step_that_is_missing_or_there_twice_is_found(tmp_path: Path) -> None:
+    for steps in ([0, 2], [0, 1, 1], [1]):
+        with TrajectoryWriter(tmp_path / "log", {"arms": []}) as log:
+            for step in steps:
+                log.append(StepRecord(step, 0.1))
+        with pytest.raises(TrajectoryError, match=r"step \d follows where step \d should"):
+            list(TrajectoryReader(tmp_path / "log"))
+
+
+def test_files_that_are_no_log_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrajectoryError, match="cannot be read: No such file"):
+        TrajectoryReader(tmp_path / "none")
+    (tmp_path / "other").write_text("a text")
+    with pytest.raises(TrajectoryError, match="begins otherwise"):
+        TrajectoryReader(tmp_path / "other")
+    TrajectoryWriter(tmp_path / "log", {"arms": [], "version": 7}).close()
+    with pytest.raises(TrajectoryError, match="version 7"):
+        TrajectoryReader(tmp_path / "log")
+
+
+@contextmanager
+def files_no_longer_than(size: int) -> Iterator[None]:
+    """The kernel refuses to let any file of this process grow further: as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_takes_no_part_of_a_record(tmp_path: Path) -> None:
+    record = StepRecord(0, 0.1, (1.0,), ((0,),), ((2.0,),))
+    with TrajectoryWriter(tmp_path / "log", {"arms": ["one"]}) as log:
+        log.append(record)
+        size = (tmp_path / "log").stat().st_size
+        with files_no_longer_than(size + 10), pytest.raises(OSError, match=r"could be written|too large"):
+            log.append(StepRecord(1, 0.1, (1.0,), ((0,),), ((2.0,),)))
+        assert (tmp_path / "log").stat().st_size == size
+        log.append(StepRecord(1, 0.1))
+    assert [r.step for r in TrajectoryReader(tmp_path / "log")] == [0, 1]
+
+
+@pytest.mark.parametrize("sampler", ["dense", "uniform", "adalezo"])
+def test_a_direction_takes_less_than_64_bytes(sampler: str) -> None:
+    """Of a model with 32 layers, at the published ratio; the step's own bytes are shared by all."""
+    chosen = zo_dist.AdaLeZO() if sampler == "adalezo" else table.SAMPLERS[sampler]()
+    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(NUM_ARMS)])
+    optimizer = zo_dist.ZeroOrder(model, sampler=chosen, directions=4, self_check=False)
+    assert len(optimizer.arms) == NUM_ARMS
+    rows = torch.ones(4, 2)
+    for _ in range(10):
+        optimizer.step_batch({"x": rows}, lambda m, batch: m(batch["x"]).sum(1))
+        assert len(optimizer.record.pack(NUM_ARMS)) < 4 * 64
+
+
+# What a log rebuilds
+
+
+def make(**options: Any) -> zo_dist.ZeroOrder:
+    dtype = table.dtype_of(options.pop("dtype", "float32"))
+    return table.optimizer(
+        build("sequential", dtype), self_check=False, rule=zo_dist.SGD(weight_decay=0.01), lr=0.03, **options
+    )
+
+
+def nan_in_step(number: int) -> Any:
+    """The model's loss, but for one step in which it is no number."""
+    calls = iter(range(1000))
+    return lambda model, batch: loss_of(model, batch) + (math.nan if next(calls) == number else 0.0)
+
+
+def run_and_log(path: Path, steps: int, **options: Any) -> zo_dist.ZeroOrder:
+    optimizer = make(**options)
+    dtype = optimizer.params[0].param.dtype
+    batch, loss = rows_for("sequential", 6, dtype=dtype), nan_in_step(4)
+    with TrajectoryWriter(path, identity(optimizer)) as log:
+        for _ in range(steps):
+            optimizer.step_batch(batch, loss)
+            log.append(optimizer.record)
+    return optimizer
+
+
+COMBINATIONS = table.all_pairs(
+    table.WRITES, tuple(table.SAMPLERS), tuple(table.ESTIMATORS), table.LAWS, table.DIRECTIONS[:3]
+)
+
+
+@pytest.mark.parametrize("row", COMBINATIONS, ids=str)
+def test_replay_gives_the_weights_and_the_state_of_the_run(tmp_path: Path, row: tuple[Any, ...]) -> None:
+    (dtype, rounding), sampler, estimator, law, directions = row
+    options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "sampler": sampler, "noise": law}
+    options.update(estimator=estimator, directions=directions)
+    ran = run_and_log(tmp_path / "log", 20, **options)
+    assert ran.skipped == 1
+    again = make(**options)
+    start = digest(whole_weights(again))
+    assert replay(again, tmp_path / "log") == 20
+    assert digest(whole_weights(again)) == digest(whole_weights(ran)) != start
+    assert repr(again.state_dict()) == repr(ran.state_dict())
+    # Both go on as one.
+    batch = rows_for("sequential", 6, dtype=ran.params[0].param.dtype)
+    assert ran.step_batch(batch, loss_of) == again.step_batch(batch, loss_of)
+    assert digest(whole_weights(again)) == digest(whole_weights(ran))
+
+
+def test_replay_equals_a_slow_rebuilding_by_hand(tmp_path: Path) -> None:
+    ran = run_and_log(tmp_path / "log", 20, sampler="adalezo", directions=2)
+    arms = tuple(tuple(p.name for p in arm.params) for arm in ran.arms)
+    reference = Reference(build("sequential"), arms, "adalezo", lr=0.0, eps=1e-3, weight_decay=0.01)
+    for record in TrajectoryReader(tmp_path / "log"):
+        reference.step_number, reference.lr = record.step, record.lr
+        for arm, terms in record.terms.items():
+            for name in arms[arm]:
+                reference.write(name, terms)
+    assert digest(reference.weights()) == digest(whole_weights(ran))
+
+
+def test_replay_stops_where_it_is_told(tmp_path: Path) -> None:
+    run_and_log(tmp_path / "log", 20)
+    seven, half = run_and_log(tmp_path / "short", 7), make()
+    assert replay(half, tmp_path / "log", 7) == 7
+    assert digest(whole_weights(half)) == digest(whole_weights(seven))
+    with pytest.raises(TrajectoryError, match="has 20 steps; 21 were asked for"):
+        replay(make(), tmp_path / "log", 21)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed is 1 here, but was 0"),
+        ({"noise": "gaussian"}, "noise is 'gaussian, version"),
+        ({"rounding": "kahan"}, "rounding is 'kahan' here, but was 'stochastic'"),
+        ({"sampler": "uniform"}, "sampler is .*Uniform.* here"),
+        ({"dtype": "bfloat16"}, "other names, shapes or dtypes"),
+    ],
+)
+def test_a_log_of_another_run_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    run_and_log(tmp_path / "log", 2)
+    other = make(**change)
+    before = digest(whole_weights(other))
+    with pytest.raises(TrajectoryError, match=message):
+        replay(other, tmp_path / "log")
+    assert digest(whole_weights(other)) == before
+
+
+def test_a_single_bit_of_the_starting_weights_counts(tmp_path: Path) -> None:
+    run_and_log(tmp_path / "log", 2)
+    other = make()
+    weight = other.params[-1].param.data.view(torch.int32)
+    weight.view(-1)[-1] ^= 1
+    with pytest.raises(TrajectoryError, match="not those that the run started from"):
+        replay(other, tmp_path / "log")
+
+
+def test_damage_in_the_last_record_stops_replay_before_the_first_write(tmp_path: Path) -> None:
+    run_and_log(tmp_path / "log", 20)
+    data = bytearray((tmp_path / "log").read_bytes())
+    data[-6] ^= 4
+    (tmp_path / "log").write_bytes(data)
+    other = make()
+    before = digest(whole_weights(other))
+    with pytest.raises(TrajectoryError, match="damaged at offset"):
+        replay(other, tmp_path / "log")
+    assert digest(whole_weights(other)) == before
+
+
+def test_records_that_do_not_fit_are_refused() -> None:
+    optimizer = make(sampler="adalezo")
+    with pytest.raises(TrajectoryError, match="the next is step 0"):
+        optimizer.replay(StepRecord(1, 0.1))
+    optimizer.replay(StepRecord(0, 0.1))
+    with pytest.raises(TrajectoryError, match="drew other arms"):
+        optimizer.replay(StepRecord(1, 0.1, (1.0,), ((0, 1, 2, 3, 4),), ((1.0,) * 5,)))
+
+
+def test_an_optimizer_that_has_stepped_is_refused(tmp_path: Path) -> None:
+    # A learning rate of 0: its weights are still those of the start.
+    run_and_log(tmp_path / "log", 2)
+    used = make()
+    used.param_groups[0]["lr"] = 0.0
+    used.step_batch(rows_for("sequential", 6), loss_of)
+    with pytest.raises(TrajectoryError, match="has taken 1 steps"):
+        replay(used, tmp_path / "log")
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 12 steps in bfloat16 by one process."""
+    folder = tmp_path_factory.mktemp("logged")
+    sections = {"model": {"dtype": "bfloat16"}, "train": {"steps": 12, "eval_every": 0}}
+    sampler = {"sampler": {"name": "adalezo", "ratio": 0.6}, "weight_decay": 0.01}
+    assert main(["train", str(write_config(folder, optimizer=sampler, **sections))]) == 0
+    return folder
+
+
+def weights_in(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_the_command_rebuilds_the_saved_weights(logged: Path, tmp_path: Path) -> None:
+    log, base = logged / "run" / "trajectory.zo", logged / "model"
+    assert main(["replay", str(base), str(log), "--to", str(tmp_path / "out")]) == 0
+    assert weights_in(tmp_path / "out") == weights_in(logged / "run" / "last")
+    assert main(["replay", str(base), str(log), "--to", str(tmp_path / "five"), "--step", "5"]) == 0
+    assert weights_in(tmp_path / "five") != weights_in(tmp_path / "out")
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_the_command_rebuilds_on_another_engine_and_number_of_ranks(
+    logged: Path, tmp_path: Path, engine: str
+) -> None:
+    configs = Path(__file__).parent.parent / "configs"
+    more = ["--deepspeed", str(configs / "ds_zero3.json")] if engine == "zero3" else ["engine.kind=fsdp2"]
+    log = logged / "run" / "trajectory.zo"
+    done = launch(["replay", str(logged / "model"), str(log), "--to", str(tmp_path / "out"), *more])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (result_of(done.stdout)["steps"], result_of(done.stdout)["ranks"]) == (12, 2)
+    assert weights_in(tmp_path / "out") == weights_in(logged / "run" / "last")
+
+
+def test_the_command_says_what_is_wrong(
+    logged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = str(logged / "run" / "trajectory.zo")
+    other = str(write_model(tmp_path / "other", tied=False))
+    cases = [
+        (["replay", other, log], "other names, shapes or dtypes"),
+        (["replay", str(logged / "run" / "last"), log], "not those that the run started from"),
+        (["replay", str(logged / "model"), str(tmp_path / "none")], "cannot be read"),
+        (["replay", str(logged / "model"), log, "--step", "13"], "has 12 steps; 13 were asked for"),
+        (["replay", str(logged / "model"), log, "--step", "-1"], "at least 0"),
+    ]
+    for args, message in cases:
+        assert main([*args, "--to", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

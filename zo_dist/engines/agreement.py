@@ -1,0 +1,55 @@
+"""How ranks tell whether they have the same: digests of values and weights, and who is the odd one out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Elements at a time: they are widened to 64 bits.
+_CHUNK = 1 << 22
+
+
+class DesyncError(RuntimeError):
+    """Ranks that are to hold the same no longer do; the message names those that differ."""
+
+
+def digest(text: str) -> int:
+    """48 bits of `text`: exact in a float64."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
+
+
+def fingerprint(weight: Tensor, offset: int = 0) -> int:
+    """64 bits: the wrapped sum of each element's bits times its odd number, the first being `offset`.
+
+    No change of a single element leaves it as it was, and the sum of the pieces' is the whole's.
+    """
+    words = weight.detach().reshape(-1).view(_INTEGERS[weight.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start in range(0, len(words), _CHUNK):
+        piece = words[start : start + _CHUNK].to(torch.int64)
+        first = 2 * (offset + start) + 1
+        total += (piece * torch.arange(first, first + 2 * len(piece), 2, device=weight.device)).sum()
+    return int(total) & (1 << 64) - 1
+
+
+def require_alike(of_rank: Mapping[int, object], what: str) -> None:
+    """Raise DesyncError, naming ranks, if these values are not all equal. Every rank gives the same ones."""
+    counts = Counter(of_rank.values())
+    if len(counts) == 1:
+        return
+    value, count = counts.most_common(1)[0]
+    odd = ", ".join(str(rank) for rank, theirs in of_rank.items() if theirs != value)
+    if 2 * count > len(of_rank):
+        which = f"rank {odd} differs from the {count} others"
+    else:
+        which = f"ranks {', '.join(map(str, of_rank))} differ, with no majority"
+    raise DesyncError(
+        f"the ranks have come apart in {what}: {which}. They no longer train one model: go on from a "
+        "checkpoint, or rebuild the weights from the trajectory"
+    )

@@ -1,0 +1,72 @@
+"""From the log of a run back to its weights: no data, no forwards, any engine and number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+from zo_dist import noise
+from zo_dist.optimizer import ZeroOrder, options_of
+from zo_dist.trajectory import TrajectoryError, TrajectoryReader
+
+
+def identity(optimizer: ZeroOrder) -> dict[str, Any]:
+    """What a log belongs to: the settings that shape a write, the parameters, and the weights as they are.
+
+    For JSON. A collective: every rank must call it. Cost: one pass over the weights.
+    """
+    sampler, rule = optimizer.sampler, optimizer.rule
+    parameters = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in optimizer.params]
+    return {
+        "parameters": _sha256(parameters),
+        "arms": [arm.name for arm in optimizer.arms],
+        "seed": optimizer.noise.seed,
+        "noise": f"{optimizer.noise.law}, version {noise.VERSION}",
+        "rounding": optimizer.rounding.mode,
+        "sampler": [type(sampler).__name__, options_of(sampler)],
+        "rule": [type(rule).__name__, options_of(rule)],
+        "weights": _sha256(sorted(optimizer.engine.fingerprints(optimizer.params).items())),
+    }
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def replay(optimizer: ZeroOrder, log: str | Path, steps: int | None = None) -> int:
+    """Bring a fresh optimizer, with the starting weights, to where the log ends; returns the steps.
+
+    Every rank must call it, and reads the log. `steps`: only so many. Raises TrajectoryError on every
+    rank, before any weight is written, if the log is damaged, too short, or of another run: other
+    settings, parameters or starting weights. Cost: the write of each step, one pass over the weights
+    before, and one reading of the log more, to know that it is whole.
+    """
+    mine = identity(optimizer)
+    with optimizer.engine.jointly():
+        reader = TrajectoryReader(log)
+        _require_same(mine, reader)
+        last = sum(1 for _ in itertools.islice(reader, steps))
+        if steps is not None and last < steps:
+            raise TrajectoryError(f"{log} has {last} steps; {steps} were asked for")
+        if optimizer.step_count:
+            raise TrajectoryError(
+                f"the optimizer has taken {optimizer.step_count} steps; replay needs a new one"
+            )
+    for record in itertools.islice(reader, last):
+        optimizer.replay(record)
+    return last
+
+
+def _require_same(mine: dict[str, Any], reader: TrajectoryReader) -> None:
+    header = reader.header
+    remedy = {
+        "weights": "the weights are not those that the run started from: name its base model",
+        "parameters": "the trained parameters have other names, shapes or dtypes",
+        "arms": "the model has other layers",
+    }
+    for key, value in mine.items():
+        if header.get(key) != value:
+            told = remedy.get(key) or f"{key} is {value!r} here, but was {header.get(key)!r}"
+            raise TrajectoryError(f"{reader.path} cannot be replayed on this: {told}")

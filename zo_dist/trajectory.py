@@ -1,0 +1,246 @@
+"""The log of a run: enough to rebuild its weights from the starting ones, without data or forwards.
+
+One record per step, some 40 bytes per direction (docs/trajectory.md has the format): the learning
+rate, and for each direction its slope, the arms it drew and the scale of its noise in each. Records are
+only ever appended, and every byte is under a checksum. A last record that was cut short, as a process
+that was killed leaves it, is dropped; anything else that does not fit is an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import google_crc32c
+import torch
+
+from zo_dist.samplers import Draw
+
+MAGIC, VERSION = b"zo_dist\n", 1
+
+_U32, _STEP = struct.Struct("<I"), struct.Struct("<QdH")
+# A length is believed only with its checksum: one that points past the end of the file would else
+# pass for a record that was cut short.
+_PREFIX = struct.Struct("<II")
+
+log = logging.getLogger(__name__)
+
+
+class TrajectoryError(ValueError):
+    """A log that is damaged, or that does not belong to what it is used with."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step wrote: `weight += rule(sum over directions of scale * z)`.
+
+    For each direction: `slopes` (loss per parameter unit), `arms` that it drew, and for each of these
+    `scales`, what its noise is multiplied by, in float32. All are empty if the step was skipped.
+    """
+
+    step: int
+    lr: float
+    slopes: tuple[float, ...] = ()
+    arms: tuple[tuple[int, ...], ...] = ()
+    scales: tuple[tuple[float, ...], ...] = ()
+
+    @staticmethod
+    def of(
+        step: int, lr: float, draws: Sequence[Draw], slopes: Sequence[float], coefs: Sequence[float]
+    ) -> StepRecord:
+        """The record of a step; `coefs` are the slopes times each direction's share of the rows."""
+        pairs = zip(draws, coefs, strict=True)
+        scales = (torch.tensor([coef * w for w in draw.weights], dtype=torch.float32) for draw, coef in pairs)
+        arms = tuple(draw.arms for draw in draws)
+        return StepRecord(step, lr, tuple(slopes), arms, tuple(tuple(s.tolist()) for s in scales))
+
+    @property
+    def finite(self) -> bool:
+        """Is every number fit to be written to weights?"""
+        return all(map(math.isfinite, itertools.chain(self.slopes, *self.scales)))
+
+    @property
+    def terms(self) -> dict[int, list[tuple[int, float]]]:
+        """For each arm that was drawn, `(direction, scale)` in the order of directions."""
+        terms: dict[int, list[tuple[int, float]]] = {}
+        for direction, (arms, scales) in enumerate(zip(self.arms, self.scales, strict=True)):
+            for arm, scale in zip(arms, scales, strict=True):
+                terms.setdefault(arm, []).append((direction, scale))
+        return terms
+
+    def pack(self, num_arms: int) -> bytes:
+        """The record as bytes; `num_arms` is that of the run."""
+        parts = [_STEP.pack(self.step, self.lr, len(self.slopes))]
+        for slope, arms, scales in zip(self.slopes, self.arms, self.scales, strict=True):
+            mask = sum(1 << arm for arm in arms).to_bytes(-(-num_arms // 8), "little")
+            packed = [struct.pack("<f", scale) for scale in scales]
+            # Samplers that do not weigh arms give all the same scale: it is stored once.
+            alone = len(set(packed)) == 1
+            parts += [struct.pack("<d?", slope, alone), mask, *(packed[:1] if alone else packed)]
+        return b"".join(parts)
+
+    @staticmethod
+    def unpack(data: bytes, num_arms: int) -> StepRecord:
+        """What `pack` packed. struct.error or ValueError if it is none."""
+        step, lr, count = _STEP.unpack_from(data)
+        at, width = _STEP.size, -(-num_arms // 8)
+        slopes, drawn, scaled = [], [], []
+        for _ in range(count):
+            slope, alone = struct.unpack_from("<d?", data, at)
+            mask = int.from_bytes(data[at + 9 : at + 9 + width], "little")
+            arms = tuple(arm for arm in range(num_arms) if mask >> arm & 1)
+            at += 9 + width
+            stored = struct.unpack_from(f"<{1 if alone else len(arms)}f", data, at)
+            at += 4 * len(stored)
+            slopes.append(slope)
+            drawn.append(arms)
+            scaled.append(stored * len(arms) if alone else stored)
+        if at != len(data):
+            raise ValueError(f"{len(data) - at} bytes too many")
+        return StepRecord(step, lr, tuple(slopes), tuple(drawn), tuple(scaled))
+
+
+class TrajectoryReader:
+    """Streams a log: `header`, then one `StepRecord` after another by iteration.
+
+    Raises TrajectoryError, with the offset in bytes, where the file is damaged, and where a step is
+    missing. `end`: up to where the file was read and found whole. `torn`: bytes of a last record that
+    was cut short, known when iteration has ended. Memory: one record.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.torn = 0
+        with self._opened() as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise TrajectoryError(f"{self.path} is not the trajectory of a run: it begins otherwise")
+            self.end = len(MAGIC)
+            data = self._next(file)
+            if data is None:
+                raise TrajectoryError(f"{self.path} is cut short in its header")
+        self.header: dict[str, Any] = json.loads(data)
+        if self.header.get("version") != VERSION:
+            raise TrajectoryError(
+                f"{self.path} has version {self.header.get('version')} of the format; this zo_dist reads "
+                f"version {VERSION}"
+            )
+        self._start = self.end
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        self.end, self.torn, num_arms = self._start, 0, len(self.header["arms"])
+        with self._opened() as file:
+            file.seek(self.end)
+            step = 0
+            while True:
+                at = self.end
+                data = self._next(file)
+                if data is None:
+                    break
+                try:
+                    record = StepRecord.unpack(data, num_arms)
+                except (struct.error, ValueError) as error:
+                    raise self._damaged(at, str(error)) from error
+                if record.step != step:
+                    raise self._damaged(at, f"step {record.step} follows where step {step} should")
+                step += 1
+                yield record
+        if self.torn:
+            log.warning(
+                "%s: the last record was cut short; its %d bytes at offset %d are left out",
+                *(self.path, self.torn, self.end),
+            )
+
+    def _next(self, file: BinaryIO) -> bytes | None:
+        """The next checked piece; None at the end of the file, or of what is whole."""
+        prefix = file.read(_PREFIX.size)
+        if len(prefix) < _PREFIX.size:
+            self.torn = len(prefix)
+            return None
+        length, checksum = _PREFIX.unpack(prefix)
+        if google_crc32c.value(prefix[:4]) != checksum:
+            raise self._damaged(self.end, "the length of the record does not fit its checksum")
+        body = file.read(length + _U32.size)
+        if len(body) < length + _U32.size:
+            self.torn = len(prefix) + len(body)
+            return None
+        data = body[:length]
+        if google_crc32c.value(data) != _U32.unpack(body[length:])[0]:
+            raise self._damaged(self.end, "the record does not fit its checksum")
+        self.end += len(prefix) + len(body)
+        return data
+
+    def _opened(self) -> BinaryIO:
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise TrajectoryError(f"the trajectory {self.path} cannot be read: {error.strerror}") from error
+
+    def _damaged(self, offset: int, reason: str) -> TrajectoryError:
+        return TrajectoryError(
+            f"{self.path} is damaged at offset {offset}: {reason}. The steps before that are whole; take "
+            "the file from a copy, or go on from a checkpoint"
+        )
+
+
+class TrajectoryWriter:
+    """Appends to a log; on rank 0 alone. Close it, or use it in a `with`.
+
+    A new file replaces `path` by a rename once its header is on disk. `sync_every`: after so many
+    records the file system is made to write them to the disk (`fsync`), which protects from a failing
+    machine; a killed process loses nothing that `append` returned from. 0 leaves that to the system.
+    Raises OSError where the disk does not take what is written.
+    """
+
+    def __init__(self, path: str | Path, header: dict[str, Any], *, sync_every: int = 1) -> None:
+        self.path, self._sync_every, self._unsynced = Path(path), sync_every, 0
+        self._num_arms = len(header["arms"])
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("wb") as file:
+            file.write(MAGIC + _framed(json.dumps({"version": VERSION, **header}).encode()))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+        # Unbuffered: a record is one write, and is with the system when `append` returns.
+        self._file = self.path.open("ab", buffering=0)
+
+    def append(self, record: StepRecord) -> None:
+        """Add one step. If that fails in the middle, what was written of it is taken back."""
+        data, start = _framed(record.pack(self._num_arms)), self._file.tell()
+        try:
+            written = self._file.write(data)
+            if written != len(data):
+                raise OSError(f"{self.path}: only {written} of {len(data)} bytes could be written")
+        except OSError:
+            self._file.truncate(start)
+            raise
+        self._unsynced += 1
+        if self._sync_every and self._unsynced >= self._sync_every:
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
+
+    def close(self) -> None:
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> TrajectoryWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _framed(data: bytes) -> bytes:
+    length = _U32.pack(len(data))
+    return length + _U32.pack(google_crc32c.value(length)) + data + _U32.pack(google_crc32c.value(data))
