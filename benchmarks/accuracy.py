@@ -26,9 +26,10 @@ from zo_dist import ZeroOrder
 from zo_dist.config import Config, load_config
 from zo_dist.engines import Engine, initialize_process_group, select
 from zo_dist.evaluate import evaluate
+from zo_dist.loop import build_batches
 from zo_dist.schedule import make_scheduler
 from zo_dist.tasks import choice_loss
-from zo_dist.train import Prepared, build_batches, build_optimizer, prepare
+from zo_dist.train import Prepared, build_optimizer, prepare
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 

@@ -17,7 +17,7 @@ fsdp2 | zero3)
 "" | *.*=*) ;;
 *) fail "'$1' is neither fsdp2 nor zero3 nor an override like train.steps=10" ;;
 esac
-settings=("train.output=runs/quickstart-$mode")
+settings=("train.output=runs/quickstart-$mode" train.existing=replace)
 if [ "$mode" = zero3 ]; then
     settings+=(engine.kind=deepspeed engine.deepspeed=configs/ds_zero3.json)
 fi

@@ -172,7 +172,7 @@ def test_more_ranks_than_rows_and_uneven_micro_batches(tmp_path: Path) -> None:
     path = write_config(tmp_path, train={"rows": 1, "eval_micro_rows": 100}, optimizer={"directions": 1})
     done = launch(["train", str(path)])
     assert done.returncode == 0, done.stderr[-3000:]
-    path = write_config(tmp_path, train={"rows": 5, "micro_rows": 2})
+    path = write_config(tmp_path, train={"rows": 5, "micro_rows": 2, "existing": "replace"})
     done = launch(["train", str(path), "--deepspeed", ZERO3])
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from zo_dist.config import Config, load_config
-from zo_dist.engines import Engine, initialize_process_group, leave_process_group
+from zo_dist.engines import DesyncError, Engine, initialize_process_group, leave_process_group
 from zo_dist.optimizer import NonFiniteLossError
+from zo_dist.resume import Interrupted
 from zo_dist.settings import apply_overrides, build
 from zo_dist.trajectory import TrajectoryReader
 
@@ -25,16 +26,21 @@ _EXAMPLE = "torchrun --nproc-per-node 2 -m zo_dist train configs/quickstart.yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for a mistake in what was asked, 1 for a run that failed."""
+    """Run a command; returns the exit code.
+
+    0, 2 for a mistake in what was asked, 1 for a run that failed, 128 + n for one stopped by signal n.
+    """
     args = _parse(sys.argv[1:] if argv is None else argv)
     _configure_logging()
     try:
         result = _run(args)
-    except (ValueError, NonFiniteLossError) as error:
+    except (ValueError, NonFiniteLossError, DesyncError, Interrupted) as error:
         # Every rank has the reason, rank 0 tells it.
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         leave_process_group()
+        if isinstance(error, Interrupted):
+            return 128 + error.signal
         return 2 if isinstance(error, ValueError) else 1
     leave_process_group()
     if int(os.environ.get("RANK", 0)) == 0:

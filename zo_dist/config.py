@@ -211,6 +211,8 @@ class TrainConfig:
     the step during which this much training time has passed. `sync_every`: steps after which the log
     of the run, trajectory.zo, is forced to the disk; 0 leaves that to the system. (A killed process
     loses no step that was logged; a machine that fails may lose the steps not forced to its disk.)
+    `existing`: what becomes of a run that `output` holds already: `resume` goes on after its last step,
+    `replace` begins anew.
     """
 
     steps: int
@@ -229,6 +231,7 @@ class TrainConfig:
     tensorboard: bool = True
     max_seconds: float | None = None
     sync_every: int = 1
+    existing: Literal["resume", "replace"] = "resume"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "rows", "eval_rows", "eval_micro_rows", "log_every")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from zo_dist.runlog import read_metrics
 
 
 def plot_run(folder: Path) -> Path:
@@ -13,8 +13,7 @@ def plot_run(folder: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    records = read_metrics(folder)
     steps = [r for r in records if r["event"] == "step" and r["loss"] is not None]
     evals = {
         split: [r for r in records if r["event"] == "eval" and r["split"] == split]

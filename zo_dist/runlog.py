@@ -5,34 +5,52 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+METRICS = "metrics.jsonl"
+
 
 class RunLog:
     """Writes on rank 0; on the others it does nothing. Close it, or use it in a `with`.
 
-    `metrics.jsonl` has one JSON object per line, each with an `event`: `run` once (what does not
-    change: arms, rows truncated), `step`, `eval`. A number that is not finite is null.
+    `metrics.jsonl` has one JSON object per line, each with an `event`: `run` once per process (what does
+    not change: arms, rows truncated), `step`, `eval`. A number that is not finite is null. `done`,
+    `events`: the steps that an earlier process took, and what it wrote of them; kept.
     """
 
-    def __init__(self, folder: Path, *, rank: int, steps: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        steps: int,
+        tensorboard: bool,
+        done: int = 0,
+        events: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self._file = self._board = None
         # A bar that is not looked at, in a log file, is redrawn seldom.
         seldom = 0.5 if sys.stderr.isatty() else 10.0
-        self._bar = tqdm(total=steps, disable=rank != 0, mininterval=seldom, unit="step", desc="training")
+        self._bar = tqdm(
+            total=steps, initial=done, disable=rank != 0, mininterval=seldom, unit="step", desc="training"
+        )
         if rank != 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        partial = folder / ".metrics.jsonl.partial"
+        partial.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+        partial.replace(folder / METRICS)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
         if tensorboard:
             # Slow to import, and optional.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
 
     def write(self, event: str, step: int | None = None, **values: Any) -> None:
         """Append one record; numbers go to TensorBoard too, under `event/key`."""
@@ -64,6 +82,23 @@ class RunLog:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run's folder; a last line that was cut short is left out.
+
+    Raises ValueError, naming the line, for any other that is not what `RunLog` writes.
+    """
+    path = folder / METRICS
+    # What follows the last line break was not finished.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is damaged: {error}") from error
+    return events
 
 
 def _finite(value: Any) -> Any:

@@ -29,6 +29,8 @@ def lr_share(step: int, config: TrainConfig) -> float:
     return config.final_fraction + (1.0 - config.final_fraction) * left
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> LambdaLR:
-    """The torch scheduler that does so; call its `step` after each step."""
-    return LambdaLR(optimizer, lambda step: lr_share(step, config))
+def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, done: int = 0) -> LambdaLR:
+    """The torch scheduler that does so, for a run that has taken `done` steps; call it after each step."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return LambdaLR(optimizer, lambda step: lr_share(step, config), last_epoch=done - 1)

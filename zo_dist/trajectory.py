@@ -201,16 +201,27 @@ class TrajectoryWriter:
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any], *, sync_every: int = 1) -> None:
-        self.path, self._sync_every, self._unsynced = Path(path), sync_every, 0
-        self._num_arms = len(header["arms"])
-        partial = self.path.with_name(f".{self.path.name}.partial")
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
         with partial.open("wb") as file:
             file.write(MAGIC + _framed(json.dumps({"version": VERSION, **header}).encode()))
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self.path)
+        partial.replace(path)
+        self._continue(path, len(header["arms"]), sync_every)
+
+    @classmethod
+    def resume(cls, reader: TrajectoryReader, *, sync_every: int = 1) -> TrajectoryWriter:
+        """Append to a log that was read to its end; a record that was cut short there is taken away."""
+        os.truncate(reader.path, reader.end)
+        writer = cls.__new__(cls)
+        writer._continue(reader.path, len(reader.header["arms"]), sync_every)
+        return writer
+
+    def _continue(self, path: Path, num_arms: int, sync_every: int) -> None:
+        self.path, self._num_arms, self._sync_every, self._unsynced = path, num_arms, sync_every, 0
         # Unbuffered: a record is one write, and is with the system when `append` returns.
-        self._file = self.path.open("ab", buffering=0)
+        self._file = path.open("ab", buffering=0)
 
     def append(self, record: StepRecord) -> None:
         """Add one step. If that fails in the middle, what was written of it is taken back."""

@@ -1,0 +1,151 @@
+"""The loop of a run: steps, the log of each, and the evaluations between them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import time
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from zo_dist.batches import StepBatches
+from zo_dist.checkpoint import save_model
+from zo_dist.config import Config
+from zo_dist.data import RunData
+from zo_dist.engines import Engine
+from zo_dist.evaluate import Score, evaluate
+from zo_dist.optimizer import ZeroOrder
+from zo_dist.probes import RowLoss
+from zo_dist.resume import Append, Earlier, Interrupted, stop_requests
+from zo_dist.runlog import RunLog
+from zo_dist.schedule import make_scheduler
+from zo_dist.tasks import EncodedRow, choice_loss, get_task, option_nll_loss
+
+ROW_LOSSES: dict[str, RowLoss] = {"choice": choice_loss, "option_nll": option_nll_loss}
+
+
+def build_batches(config: Config, data: RunData, engine: Engine) -> StepBatches:
+    """This rank's training batches, as the config's `data` and `train` sections describe them."""
+    return StepBatches(
+        data.train,
+        rows_per_step=config.train.rows,
+        micro_rows=config.train.micro_rows,
+        length_pool=config.data.length_pool,
+        seed=config.data.seed,
+        rank=engine.rank,
+        num_ranks=engine.num_ranks,
+        pad_id=data.pad_id,
+        fast=data.fast,
+        device=engine.device,
+    )
+
+
+def score(config: Config, engine: Engine, data: RunData, rows: list[EncodedRow]) -> Score:
+    return evaluate(engine, rows, micro_rows=config.train.eval_micro_rows, pad_id=data.pad_id, fast=data.fast)
+
+
+class Loop:
+    """The steps of a run, with the evaluations between them."""
+
+    def __init__(
+        self,
+        config: Config,
+        optimizer: ZeroOrder,
+        data: RunData,
+        tokenizer: PreTrainedTokenizerBase,
+        run_log: RunLog,
+        append: Append,
+        earlier: Earlier | None,
+    ) -> None:
+        self._config, self._optimizer, self._data, self._tokenizer = config, optimizer, data, tokenizer
+        self._log, self._append = run_log, append
+        evals = earlier.evals("validation") if earlier else []
+        self._best = min((e["loss"] for e in evals if e["loss"] is not None), default=math.inf)
+        self._evaluated = {e["step"] for e in evals}
+        self._seconds_before = earlier.seconds if earlier else 0.0
+        self._batches = build_batches(config, data, optimizer.engine)
+
+    def run(self) -> float:
+        """The steps that are left, or as many as `max_seconds` has room for; returns the seconds of all."""
+        settings, optimizer = self._config.train, self._optimizer
+        row_loss = ROW_LOSSES[get_task(self._config.data.task).loss]
+        done = optimizer.step_count
+        scheduler = make_scheduler(optimizer, settings, done)
+        accuracy = ""
+        optimizer.prepare(self._batches[done][0], row_loss)
+        self._start = time.perf_counter()
+        with stop_requests() as stop_request:
+            # An earlier process may have been stopped between a step and its evaluation.
+            if (
+                done
+                and settings.eval_every
+                and done % settings.eval_every == 0
+                and done not in self._evaluated
+            ):
+                self._validate(done)
+            for step in range(done + 1, settings.steps + 1):
+                lr = optimizer.param_groups[0]["lr"]
+                loss = optimizer.step_batch(self._batches[step - 1], row_loss)
+                self._append(optimizer.record)
+                scheduler.step()
+                last = self._is_last(step, stop_request())
+                if step % settings.log_every == 0 or last:
+                    self._write_step(step, loss, lr)
+                if settings.eval_every and (step % settings.eval_every == 0 or last):
+                    accuracy = f"{self._validate(step).accuracy:.4f}"
+                self._log.advance(loss=f"{loss:.4f}", validation=accuracy)
+                if last:
+                    break
+        return self._seconds()
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def _is_last(self, step: int, stop_request: int) -> bool:
+        """Does training end with this step? By the clock of rank 0: ranks must agree. Raises Interrupted."""
+        everyone = self._optimizer.engine.exchange([self._seconds(), float(stop_request)])
+        requested = int(everyone[:, 1].max())
+        if requested:
+            name = signal.Signals(requested).name
+            raise Interrupted(
+                f"stopped by {name} after step {step}; the same command goes on after it", requested
+            )
+        limit = self._config.train.max_seconds
+        return step == self._config.train.steps or (limit is not None and bool(everyone[0, 0] >= limit))
+
+    def _write_step(self, step: int, loss: float, lr: float) -> None:
+        optimizer = self._optimizer
+        drawn = [0] * len(optimizer.arms)
+        for arm in itertools.chain(*optimizer.record.arms):
+            drawn[arm] += 1
+        slopes = [abs(slope) for slope in optimizer.record.slopes]
+        self._log.write(
+            "step",
+            step,
+            loss=loss,
+            lr=lr,
+            lr_factor=optimizer.sampler.lr_factor,
+            slope=sum(slopes) / len(slopes) if slopes else math.nan,
+            drawn=drawn,
+            seconds=self._seconds(),
+            skipped=optimizer.skipped,
+        )
+
+    def _validate(self, step: int) -> Score:
+        data, engine = self._data, self._optimizer.engine
+        result = score(self._config, engine, data, data.validation[: self._config.train.eval_rows])
+        # First the weights: a process that is killed here evaluates again.
+        if self._config.train.save_best and result.loss < self._best:
+            self._best = result.loss
+            save_model(engine, Path(self._config.train.output) / "best", self._tokenizer)
+        self._log.write(
+            "eval",
+            step,
+            split="validation",
+            seconds=self._seconds(),
+            accuracy=result.accuracy,
+            loss=result.loss,
+        )
+        return result

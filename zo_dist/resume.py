@@ -1,0 +1,189 @@
+"""How a run goes on from what an earlier process left in its folder: the log, and the metrics up to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import zo_dist
+from zo_dist.config import Config
+from zo_dist.data import RunData
+from zo_dist.engines import Engine
+from zo_dist.optimizer import ZeroOrder
+from zo_dist.replay import identity, replay
+from zo_dist.runlog import METRICS, read_metrics
+from zo_dist.tasks import EncodedRow
+from zo_dist.trajectory import StepRecord, TrajectoryReader, TrajectoryWriter
+
+log = logging.getLogger(__name__)
+
+LOG = "trajectory.zo"
+
+Append = Callable[[StepRecord], None]
+
+# Settings that a run may go on with others of: they change no step, or only those to come.
+_MAY_CHANGE = (
+    *("engine.", "model.source", "model.trust_remote_code", "train.steps", "train.max_seconds"),
+    *("train.output", "train.existing", "train.micro_rows", "train.eval_", "train.save_", "train.log_every"),
+    *("train.tensorboard", "train.sync_every", "optimizer.compile", "optimizer.self_check"),
+    *("optimizer.max_skipped", "optimizer.perturb"),
+)
+
+
+class Interrupted(RuntimeError):
+    """A run that was told to stop, and did so after a whole step. `signal`: by which signal."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What an earlier process did of this run: `steps` in the log at `path`, the metrics of those steps."""
+
+    path: Path
+    steps: int
+    events: list[dict[str, Any]]
+
+    @property
+    def seconds(self) -> float:
+        """Training time until the last step that the metrics know."""
+        return max((e["seconds"] for e in self.events if e["event"] == "step"), default=0.0)
+
+    def evals(self, split: str) -> list[dict[str, Any]]:
+        return [e for e in self.events if e["event"] == "eval" and e["split"] == split]
+
+
+def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> Earlier | None:
+    """The steps that the folder `train.output` holds of this run; None where there are none.
+
+    Every rank must call it and see the folder. ValueError on every rank where the folder holds another
+    run, or a log that is damaged.
+    """
+    earlier: Earlier | None = None
+    with ranks.jointly():
+        path = Path(config.train.output) / LOG
+        if config.train.existing == "resume" and path.exists():
+            reader = TrajectoryReader(path)
+            steps = sum(1 for _ in reader)
+            if steps:
+                _require_same_run(config, rows, reader)
+                events = read_metrics(path.parent)
+                # No record of a step is written before its place in the log.
+                known = [e for e in events if e.get("step", 0) <= steps]
+                # The test after training, of a process that thought it was at the end.
+                known = [
+                    e for e in known if e["event"] != "eval" or e["step"] == 0 or e["split"] != "test"
+                ]
+                if not any(e["event"] == "eval" and e["step"] == 0 for e in known):
+                    raise ValueError(f"{path.parent / METRICS} lacks the start of the run; {_REMEDY}")
+                earlier = Earlier(path, steps, known)
+    ranks.require_equal("what train.output holds", {"steps": earlier.steps if earlier else 0})
+    return earlier
+
+
+_REMEDY = "set train.output to another folder, or train.existing=replace to begin again in this one"
+
+
+def _require_same_run(config: Config, rows: Sequence[EncodedRow], reader: TrajectoryReader) -> None:
+    was, wanted = reader.header.get("settings", {}), settings_of(config)
+    differing = [
+        k for k in {**was, **wanted} if was.get(k) != wanted.get(k) and not k.startswith(_MAY_CHANGE)
+    ]
+    if differing:
+        changes = ", ".join(f"{key} is {wanted.get(key)!r}, was {was.get(key)!r}" for key in differing)
+        raise ValueError(f"{reader.path.parent} holds a run of other settings: {changes}; {_REMEDY}")
+    if reader.header.get("data") != digest_of_rows(rows):
+        raise ValueError(
+            f"{reader.path.parent} holds a run on other training rows than data.source gives now; {_REMEDY}"
+        )
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """`config.flat()`, as JSON gives it back."""
+    settings: dict[str, Any] = json.loads(json.dumps(config.flat()))
+    return settings
+
+
+def digest_of_rows(rows: Sequence[EncodedRow]) -> str:
+    """What tells one list of training rows from another."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(repr(row).encode())
+    return total.hexdigest()
+
+
+@contextmanager
+def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Append]:
+    """A new log in the run's folder, and what appends to it. Every rank must call it."""
+    header = {**identity(optimizer), "config": dataclasses.asdict(config), "settings": settings_of(config)}
+    header.update(data=digest_of_rows(data.train), zo_dist=zo_dist.__version__)
+
+    def create() -> TrajectoryWriter:
+        path = Path(config.train.output) / LOG
+        return TrajectoryWriter(path, header, sync_every=config.train.sync_every)
+
+    with _appending(optimizer.engine, create) as append:
+        yield append
+
+
+@contextmanager
+def go_on(earlier: Earlier, optimizer: ZeroOrder, config: Config) -> Iterator[Append]:
+    """Weights and state as after the steps of the log, and what appends to it. Every rank must call it."""
+    log.info("%s holds %d steps: they are replayed, and the run goes on", earlier.path, earlier.steps)
+    start = time.perf_counter()
+    replay(optimizer, earlier.path, earlier.steps)
+    log.info("replayed in %.1f s", time.perf_counter() - start)
+
+    def reopen() -> TrajectoryWriter:
+        reader = TrajectoryReader(earlier.path)
+        for _ in reader:
+            pass
+        return TrajectoryWriter.resume(reader, sync_every=config.train.sync_every)
+
+    with _appending(optimizer.engine, reopen) as append:
+        yield append
+
+
+@contextmanager
+def _appending(engine: Engine, open_log: Callable[[], TrajectoryWriter]) -> Iterator[Append]:
+    """What appends a step to the log, which rank 0 writes; if that fails, every rank learns it."""
+    with ExitStack() as stack:
+        with engine.jointly():
+            if engine.rank == 0:
+                writer = stack.enter_context(open_log())
+
+        def append(record: StepRecord) -> None:
+            with engine.jointly():
+                if engine.rank == 0:
+                    writer.append(record)
+
+        yield append
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Inside, SIGTERM and SIGINT are noted and otherwise ignored; yields what returns the last, or 0."""
+    seen = 0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
