@@ -81,6 +81,16 @@ class Pool:
         self.run(_in_step, timeout=_GRACE_S)
         return [f"{o.error}: {o.message}" for o in outcomes]
 
+    def kill_during(self, seconds: float, function: Callable[..., Any], *args: Any) -> bool:
+        """Start a call and kill -9 every rank after so many seconds; was any of them still at it?"""
+        self._start()
+        for _, pipe in self._workers:
+            pipe.send((function, args))
+        time.sleep(seconds)
+        caught = not all(pipe.poll() for _, pipe in self._workers)
+        self.stop()
+        return caught
+
     def stop(self) -> None:
         for process, pipe in self._workers:
             pipe.close()

@@ -83,9 +83,7 @@ def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> E
                 # No record of a step is written before its place in the log.
                 known = [e for e in events if e.get("step", 0) <= steps]
                 # The test after training, of a process that thought it was at the end.
-                known = [
-                    e for e in known if e["event"] != "eval" or e["step"] == 0 or e["split"] != "test"
-                ]
+                known = [e for e in known if e["event"] != "eval" or e["step"] == 0 or e["split"] != "test"]
                 if not any(e["event"] == "eval" and e["step"] == 0 for e in known):
                     raise ValueError(f"{path.parent / METRICS} lacks the start of the run; {_REMEDY}")
                 earlier = Earlier(path, steps, known)

@@ -1,0 +1,265 @@
+"""Kill a run anywhere and start it again: what it ends with is what it would have ended with.
+
+    ZO_DIST_KILLS=100 python -m pytest tests/faults
+
+kills -9 that many times; without the variable it is a few, as in CI.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import environment, tiny_config, write_config
+from workers import Pool, needs_deepspeed
+
+from zo_dist.cli import main
+from zo_dist.config import load_config
+from zo_dist.engines import Engine
+from zo_dist.runlog import read_metrics
+from zo_dist.train import run_training
+from zo_dist.trajectory import TrajectoryReader
+
+KILLS = int(os.environ.get("ZO_DIST_KILLS", "6"))
+ZERO3 = ["engine.kind=deepspeed", f"engine.deepspeed={Path(__file__).parents[2] / 'configs/ds_zero3.json'}"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "model": {"dtype": "bfloat16"},
+    "optimizer": {"sampler": {"name": "adalezo", "ratio": 0.6}, "rounding": "kahan", "weight_decay": 0.01},
+    "train": {"steps": 40, "eval_every": 5, "schedule": "cosine"},
+}
+
+
+def train(path: Path, overrides: list[str]) -> dict[str, Any]:
+    ranks = Engine(torch.nn.Identity(), torch.device("cpu"))
+    return run_training(load_config(path, overrides), ranks)
+
+
+def left_by(run: Path) -> dict[str, bytes]:
+    """The bytes of what a run ends with; of the log those after its header, which names the folder."""
+    files = ("trajectory.zo", "last/model.safetensors", "best/model.safetensors")
+    left = {name: (run / name).read_bytes() for name in files}
+    left["trajectory.zo"] = left["trajectory.zo"][TrajectoryReader(run / "trajectory.zo").end :]
+    return left
+
+
+def replayed(folder: Path, run: Path) -> bytes:
+    """The weights that the log of a run gives, by one process."""
+    out, alone = run / "replayed", ["engine.kind=replicated", "engine.deepspeed=null"]
+    log = str(run / "trajectory.zo")
+    assert main(["replay", str(folder / "model"), log, "--to", str(out), *alone]) == 0
+    return (out / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The folder of a run by two ranks that nothing disturbs, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    path = write_config(folder, **SETTINGS)
+    pool(2).run(train, path, ["train.steps=1", f"train.output={folder / 'first'}"])  # what comes only once
+    start = time.perf_counter()
+    pool(2).run(train, path, [])
+    return folder, time.perf_counter() - start
+
+
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(
+    whole: tuple[Path, float], pool: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    folder, seconds = whole
+    draw, kills, runs = random.Random(0), 0, 0
+    expected = left_by(folder / "run")
+    metrics = [e["step"] for e in read_metrics(folder / "run") if e["event"] == "eval"]
+    while kills < KILLS:
+        run = tmp_path / str(runs)
+        # Some runs often, some late: also while weights are saved and the test is run.
+        for _ in range(draw.randint(1, 5)):
+            kills += pool(2).kill_during(
+                draw.uniform(0, 1.1 * seconds), train, folder / "config.yaml", [f"train.output={run}"]
+            )
+        pool(2).run(train, folder / "config.yaml", [f"train.output={run}"])
+        assert left_by(run) == expected
+        assert [e["step"] for e in read_metrics(run) if e["event"] == "eval"] == metrics
+        runs += 1
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(1, []), (3, ["engine.kind=fsdp2"]), (2, [])],
+        pytest.param([(2, ZERO3), (2, []), (3, ZERO3)], marks=needs_deepspeed),
+    ],
+    ids=["ranks", "engines"],
+)
+def test_a_run_that_moves_between_engines_is_what_its_log_says(
+    whole: tuple[Path, float],
+    pool: Callable[[int], Pool],
+    tmp_path: Path,
+    places: list[tuple[int, list[str]]],
+) -> None:
+    """Losses are summed in another order there, so the bits are those of its own log, not of `whole`."""
+    folder, seconds = whole
+    draw, run = random.Random(1), tmp_path / "run"
+    for num_ranks, overrides in places[:-1]:
+        args = [*overrides, f"train.output={run}"]
+        # Its first steps at the least.
+        pool(num_ranks).run(train, folder / "config.yaml", [*args, "train.steps=5"])
+        pool(num_ranks).kill_during(draw.uniform(0.3, 0.8) * seconds, train, folder / "config.yaml", args)
+    num_ranks, overrides = places[-1]
+    pool(num_ranks).run(train, folder / "config.yaml", [*overrides, f"train.output={run}"])
+    records = list(TrajectoryReader(run / "trajectory.zo"))
+    assert [record.step for record in records] == list(range(40))
+    assert replayed(folder, run) == (run / "last" / "model.safetensors").read_bytes()
+    expected = list(TrajectoryReader(folder / "run" / "trajectory.zo"))
+    assert records[0].arms == expected[0].arms
+    assert [record.lr for record in records][5:] == [record.lr for record in expected][5:]
+
+
+def started(path: Path, run: Path, ranks: int = 1, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "zo_dist"]
+    if ranks > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *more]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "zo_dist"]
+    command += ["train", str(path), f"train.output={run}"]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while sum(e["event"] == "step" for e in read_metrics(run)) < count:
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_run_after_a_whole_step(tmp_path: Path, number: signal.Signals) -> None:
+    # The model's own start takes longer than many of its steps.
+    path = write_config(tmp_path, train={"steps": 400, "eval_every": 0}, optimizer={"rounding": "kahan"})
+    process = started(path, tmp_path / "run")
+    wait_for_steps(process, tmp_path / "run", 3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors[-2000:]
+    steps = len(list(TrajectoryReader(tmp_path / "run" / "trajectory.zo")))
+    assert 3 <= steps < 400
+    assert f"stopped by {number.name} after step {steps}; the same command goes on after it" in errors
+    assert not (tmp_path / "run" / "last").exists()
+    assert main(["train", str(path), f"train.steps={steps + 3}"]) == 0
+    assert main(["train", str(path), f"train.steps={steps + 3}", f"train.output={tmp_path / 'other'}"]) == 0
+    for name in ("trajectory.zo", "last/model.safetensors"):
+        mine, other = (path.parent / folder / name for folder in ("run", "other"))
+        if name == "trajectory.zo":
+            assert list(TrajectoryReader(mine)) == list(TrajectoryReader(other))
+        else:
+            assert mine.read_bytes() == other.read_bytes()
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that a launcher started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(line) for line in listed.stdout.split()]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(
+    whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    folder, run = whole[0], tmp_path / "run"
+    process = started(folder / "config.yaml", run, 2, "--max-restarts", "2")
+    wait_for_steps(process, run, 3)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-3000:]
+    assert left_by(run)["last/model.safetensors"] == left_by(folder / "run")["last/model.safetensors"]
+    assert next(e["done"] for e in read_metrics(run) if e["event"] == "run") == 0
+    assert len([e for e in read_metrics(run) if e["event"] == "run"]) == 2
+
+
+@pytest.mark.slow
+def test_the_others_stop_when_a_rank_dies(whole: tuple[Path, float], tmp_path: Path) -> None:
+    process = started(whole[0] / "config.yaml", tmp_path / "run", 2)
+    wait_for_steps(process, tmp_path / "run", 3)
+    start = time.monotonic()
+    os.kill(ranks_of(process)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    # torchrun looks every 0.1 s and gives the others 30 s to leave.
+    assert time.monotonic() - start < 45
+    assert process.returncode != 0
+    assert "rank      : 0" in errors
+    assert "SIGKILL" in errors
+
+
+# What is wrong in a folder is said before anything is written.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": {"lr": 2e-3}}, "optimizer.lr is 0.002, was 0.001"),
+        ({"train": {"rows": 5}}, "train.rows is 5, was 4"),
+        ({"optimizer": {"seed": 3}}, "optimizer.seed is 3, was 0"),
+        ({"data": {"seed": 3}}, "data.seed is 3, was 0"),
+    ],
+    ids=["lr", "rows", "seed", "data"],
+)
+def test_a_changed_config_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
+) -> None:
+    assert main(["train", str(write_config(tmp_path))]) == 0
+    before = (tmp_path / "run" / "trajectory.zo").read_bytes()
+    assert main(["train", str(write_config(tmp_path, **change))]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "train.existing=replace" in error
+    assert (tmp_path / "run" / "trajectory.zo").read_bytes() == before
+
+
+def test_changed_rows_another_base_and_damage_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, log = write_config(tmp_path), tmp_path / "run" / "trajectory.zo"
+    assert main(["train", str(path)]) == 0
+    rows, whole = tmp_path / "rows.jsonl", log.read_bytes()
+    text = rows.read_text()
+    rows.write_text(text.replace("lovely", "bright"))
+    assert main(["train", str(path), "train.steps=5"]) == 2
+    assert "other training rows" in capsys.readouterr().err
+    rows.write_text(text)
+    last = str(tmp_path / "run" / "last")
+    assert main(["train", str(path), "train.steps=5", f"model.source={last}"]) == 2
+    assert "not those that the run started from" in capsys.readouterr().err
+    log.write_bytes(whole[:-9] + bytes([whole[-9] ^ 16]) + whole[-8:])
+    assert main(["train", str(path), "train.steps=5"]) == 2
+    assert "damaged at offset" in capsys.readouterr().err
+    log.write_bytes(whole)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert main(["train", str(path), "train.steps=5"]) == 2
+    assert "metrics.jsonl lacks the start of the run" in capsys.readouterr().err
+
+
+def test_a_finished_run_can_be_extended_or_replaced(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    run, log = tmp_path / "run", tmp_path / "run" / "trajectory.zo"
+    assert main(["train", str(path)]) == 0
+    first = left_by(run)
+    assert main(["train", str(path)]) == 0
+    assert left_by(run) == first
+    assert main(["train", str(path), "train.steps=7"]) == 0
+    assert len(list(TrajectoryReader(log))) == 7
+    assert left_by(run)["trajectory.zo"].startswith(first["trajectory.zo"])
+    assert main(["train", str(path), "train.existing=replace", "optimizer.lr=2e-3"]) == 0
+    assert len(list(TrajectoryReader(log))) == 3
+    settings = tiny_config(tmp_path)["optimizer"]
+    assert [record.lr for record in TrajectoryReader(log)] == [2 * settings["lr"]] * 3
