@@ -22,7 +22,9 @@ from tiny_run import launch, result_of, write_config, write_model
 from workers import digest, needs_deepspeed, whole_weights
 
 import zo_dist
+from zo_dist import native
 from zo_dist.cli import main
+from zo_dist.engines.agreement import fingerprint
 from zo_dist.replay import identity, replay
 from zo_dist.trajectory import StepRecord, TrajectoryError, TrajectoryReader, TrajectoryWriter
 
@@ -294,6 +296,21 @@ def test_an_optimizer_that_has_stepped_is_refused(tmp_path: Path) -> None:
     used.step_batch(rows_for("sequential", 6), loss_of)
     with pytest.raises(TrajectoryError, match="has taken 1 steps"):
         replay(used, tmp_path / "log")
+
+
+def test_fingerprints_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        values = torch.linspace(-3, 3, 1001).to(dtype)
+        integers = values.view(
+            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+        )
+        by_hand = sum(x * (2 * i + 1) for i, x in enumerate(integers.tolist(), start=77)) % 2**64
+        assert fingerprint(values, 77) == by_hand
+        assert (fingerprint(values[:400], 77) + fingerprint(values[400:], 477)) % 2**64 == by_hand
+        assert fingerprint(values[:0], 5) == 0
+        with monkeypatch.context() as context:
+            context.setattr(native, "library", lambda: None)
+            assert fingerprint(values, 77) == by_hand
 
 
 # The command

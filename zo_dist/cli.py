@@ -1,4 +1,4 @@
-"""The command line: `zo-dist train | eval | replay`, the same as `python -m zo_dist`, under any launcher."""
+"""The command line: `zo-dist train | eval | ...`, the same as `python -m zo_dist`, under any launcher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 from zo_dist.config import Config, load_config
 from zo_dist.engines import DesyncError, Engine, initialize_process_group, leave_process_group
 from zo_dist.optimizer import NonFiniteLossError
-from zo_dist.resume import Interrupted
+from zo_dist.resume import Interrupted, check_run
 from zo_dist.settings import apply_overrides, build
 from zo_dist.trajectory import TrajectoryReader
 
@@ -56,7 +56,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     # The deepspeed launcher adds it; what counts is the environment, which it sets as well.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | replay")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | replay | check")
     train = commands.add_parser("train", help="fine-tune a model as a config file says")
     train.add_argument("config", help="YAML file; every key is described in zo_dist/config.py")
     evaluate = commands.add_parser("eval", help="accuracy and loss on the test split")
@@ -71,6 +71,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     replay.add_argument(
         "--step", type=int, metavar="N", help="stop after N steps; default: all that are logged"
     )
+    check = commands.add_parser("check", help="read a run's folder and say whether all of it is whole")
+    check.add_argument("run", help="the folder of a run")
     for command in (train, evaluate, replay):
         command.add_argument(
             "--deepspeed", metavar="DS_JSON", help="short for engine.kind=deepspeed engine.deepspeed=DS_JSON"
@@ -79,7 +81,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
     args, rest = parser.parse_known_args(argv)
     # argparse does not take up positional arguments again after an option.
-    args.overrides += [arg for arg in rest if not arg.startswith("-") and "=" in arg]
+    args.overrides = getattr(args, "overrides", []) + [
+        arg for arg in rest if not arg.startswith("-") and "=" in arg
+    ]
     wrong = [arg for arg in rest if arg not in args.overrides]
     if wrong:
         parser.error(f"unrecognised: {' '.join(wrong)}")
@@ -89,6 +93,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.command == "check":
+        return check_run(Path(args.run))
     ranks = Engine(nn.Identity(), initialize_process_group())
     with ranks.jointly():
         config = _config(args)

@@ -212,7 +212,9 @@ class TrainConfig:
     of the run, trajectory.zo, is forced to the disk; 0 leaves that to the system. (A killed process
     loses no step that was logged; a machine that fails may lose the steps not forced to its disk.)
     `existing`: what becomes of a run that `output` holds already: `resume` goes on after its last step,
-    `replace` begins anew.
+    `replace` begins anew. `snapshot_every`: steps between snapshots of the trained weights, which spare a
+    resume the replay of the steps before them; 0 for none. The newest `keep_snapshots` are kept.
+    `verify_every`: steps after which ranks that hold copies of the same weights compare them; 0 for never.
     """
 
     steps: int
@@ -232,10 +234,14 @@ class TrainConfig:
     max_seconds: float | None = None
     sync_every: int = 1
     existing: Literal["resume", "replace"] = "resume"
+    snapshot_every: int = 0
+    keep_snapshots: int = 2
+    verify_every: int = 100
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "rows", "eval_rows", "eval_micro_rows", "log_every")
-        _at_least(self, 0, "warmup_steps", "eval_every", "sync_every")
+        _at_least(self, 1, "keep_snapshots")
+        _at_least(self, 0, "warmup_steps", "eval_every", "sync_every", "snapshot_every", "verify_every")
         if self.micro_rows is not None:
             _at_least(self, 1, "micro_rows")
         if not 0.0 <= self.final_fraction <= 1.0:

@@ -18,9 +18,10 @@ from zo_dist.engines import Engine
 from zo_dist.evaluate import Score, evaluate
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.probes import RowLoss
-from zo_dist.resume import Append, Earlier, Interrupted, stop_requests
+from zo_dist.resume import SNAPSHOTS, Append, Earlier, Interrupted, stop_requests
 from zo_dist.runlog import RunLog
 from zo_dist.schedule import make_scheduler
+from zo_dist.snapshot import save_snapshot
 from zo_dist.tasks import EncodedRow, choice_loss, get_task, option_nll_loss
 
 ROW_LOSSES: dict[str, RowLoss] = {"choice": choice_loss, "option_nll": option_nll_loss}
@@ -70,6 +71,7 @@ class Loop:
     def run(self) -> float:
         """The steps that are left, or as many as `max_seconds` has room for; returns the seconds of all."""
         settings, optimizer = self._config.train, self._optimizer
+        engine = optimizer.engine
         row_loss = ROW_LOSSES[get_task(self._config.data.task).loss]
         done = optimizer.step_count
         scheduler = make_scheduler(optimizer, settings, done)
@@ -95,6 +97,11 @@ class Loop:
                     self._write_step(step, loss, lr)
                 if settings.eval_every and (step % settings.eval_every == 0 or last):
                     accuracy = f"{self._validate(step).accuracy:.4f}"
+                if engine.has_copies and settings.verify_every and step % settings.verify_every == 0:
+                    engine.fingerprints(optimizer.params)
+                if settings.snapshot_every and step % settings.snapshot_every == 0:
+                    folder = Path(settings.output) / SNAPSHOTS
+                    save_snapshot(optimizer, folder, settings.keep_snapshots)
                 self._log.advance(loss=f"{loss:.4f}", validation=accuracy)
                 if last:
                     break

@@ -279,6 +279,15 @@ void round_to(T* out, const float* exact, int64_t numel, uint64_t offset, Stream
     });
 }
 
+template <class T>
+uint64_t fingerprint(const T* words, int64_t numel, uint64_t offset, int threads) {
+    uint64_t total = 0;
+#pragma omp parallel for simd num_threads(threads) schedule(static) reduction(+ : total)
+    for (int64_t i = 0; i < numel; i++)
+        total += uint64_t(int64_t(words[i])) * (2 * (offset + uint64_t(i)) + 1);
+    return total;
+}
+
 // Calls `function` with a null pointer of the weights' type, by the number native.py gives it.
 template <class Function>
 void with_type(int dtype, Function function) {
@@ -305,6 +314,14 @@ void zo_accumulate(int law, float* out, int64_t numel, uint64_t offset, const St
     each_unit(offset, numel, threads, [=](uint64_t unit, int64_t from, int64_t to, int64_t start) {
         add_up(law, *s, words, scales, count, unit, from, to, out + start);
     });
+}
+
+// agreement.py: the sum of the elements' bits, as integers of so many bytes, times odd numbers.
+uint64_t zo_fingerprint(int bytes, const void* words, int64_t numel, uint64_t offset, int threads) {
+    if (bytes == 1) return fingerprint(static_cast<const int8_t*>(words), numel, offset, threads);
+    if (bytes == 2) return fingerprint(static_cast<const int16_t*>(words), numel, offset, threads);
+    if (bytes == 4) return fingerprint(static_cast<const int32_t*>(words), numel, offset, threads);
+    return fingerprint(static_cast<const int64_t*>(words), numel, offset, threads);
 }
 
 void zo_round(int dtype, void* out, const float* exact, int64_t numel, uint64_t offset, const Stream* s,

@@ -43,7 +43,7 @@ class Address(Structure):
     _fields_ = (("key0", c_uint32), ("key1", c_uint32), ("step", c_uint32), ("word", c_uint32))
 
 
-# Arguments as in native.cpp; all return nothing.
+# Arguments as in native.cpp.
 _ADDRESS, _FLOATS, _WORDS = POINTER(Address), POINTER(c_float), POINTER(c_uint32)
 _FUNCTIONS = {
     "zo_shift": (c_int, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_uint64, _ADDRESS, _FLOATS, c_int),
@@ -53,6 +53,7 @@ _FUNCTIONS = {
         *(c_int, c_int, c_void_p, c_void_p, c_int64, c_uint64, _ADDRESS, _WORDS, _FLOATS, c_int),
         *(c_int, c_uint32, c_float, c_float, c_int),
     ),
+    "zo_fingerprint": (c_int, c_void_p, c_int64, c_uint64, c_int),
 }
 
 
@@ -68,6 +69,7 @@ def library() -> ctypes.CDLL | None:
     for name, arguments in _FUNCTIONS.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
+    found.zo_fingerprint.restype = c_uint64
     return found
 
 
@@ -169,3 +171,9 @@ def update(
     word = 0 if rounding is None else rounding.word
     how = rounding is not None, word, keep, lr, torch.get_num_threads()
     _functions().zo_update(*kind, *place, *_terms(address, terms), *how)
+
+
+def fingerprint(words: Tensor, offset: int) -> int:
+    """`agreement.fingerprint` of integers."""
+    kind = words.element_size(), _pointer(words), words.numel(), offset
+    return int(_functions().zo_fingerprint(*kind, torch.get_num_threads()))

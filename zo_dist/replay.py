@@ -9,6 +9,7 @@ from typing import Any
 
 from zo_dist import noise
 from zo_dist.optimizer import ZeroOrder, options_of
+from zo_dist.snapshot import load_snapshot, weights_digest
 from zo_dist.trajectory import TrajectoryError, TrajectoryReader
 
 
@@ -20,28 +21,27 @@ def identity(optimizer: ZeroOrder) -> dict[str, Any]:
     sampler, rule = optimizer.sampler, optimizer.rule
     parameters = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in optimizer.params]
     return {
-        "parameters": _sha256(parameters),
+        "parameters": hashlib.sha256(repr(parameters).encode()).hexdigest(),
         "arms": [arm.name for arm in optimizer.arms],
         "seed": optimizer.noise.seed,
         "noise": f"{optimizer.noise.law}, version {noise.VERSION}",
         "rounding": optimizer.rounding.mode,
         "sampler": [type(sampler).__name__, options_of(sampler)],
         "rule": [type(rule).__name__, options_of(rule)],
-        "weights": _sha256(sorted(optimizer.engine.fingerprints(optimizer.params).items())),
+        "weights": weights_digest(optimizer),
     }
 
 
-def _sha256(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()
-
-
-def replay(optimizer: ZeroOrder, log: str | Path, steps: int | None = None) -> int:
+def replay(
+    optimizer: ZeroOrder, log: str | Path, steps: int | None = None, snapshot: str | Path | None = None
+) -> int:
     """Bring a fresh optimizer, with the starting weights, to where the log ends; returns the steps.
 
-    Every rank must call it, and reads the log. `steps`: only so many. Raises TrajectoryError on every
-    rank, before any weight is written, if the log is damaged, too short, or of another run: other
-    settings, parameters or starting weights. Cost: the write of each step, one pass over the weights
-    before, and one reading of the log more, to know that it is whole.
+    Every rank must call it, and reads the log. `steps`: only so many. `snapshot`: one of this run, which
+    stands for the steps before it. Raises TrajectoryError on every rank, before any weight is written,
+    if the log is damaged, too short, or of another run: other settings, parameters or starting weights.
+    Cost: the write of each step, one pass over the weights before, and one reading of the log more, to
+    know that it is whole.
     """
     mine = identity(optimizer)
     with optimizer.engine.jointly():
@@ -54,7 +54,9 @@ def replay(optimizer: ZeroOrder, log: str | Path, steps: int | None = None) -> i
             raise TrajectoryError(
                 f"the optimizer has taken {optimizer.step_count} steps; replay needs a new one"
             )
-    for record in itertools.islice(reader, last):
+    if snapshot is not None:
+        load_snapshot(optimizer, snapshot)
+    for record in itertools.islice(reader, optimizer.step_count, last):
         optimizer.replay(record)
     return last
 

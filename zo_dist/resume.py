@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,21 +23,23 @@ from zo_dist.engines import Engine
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.replay import identity, replay
 from zo_dist.runlog import METRICS, read_metrics
+from zo_dist.snapshot import check_file, read_manifest, snapshots_in
 from zo_dist.tasks import EncodedRow
 from zo_dist.trajectory import StepRecord, TrajectoryReader, TrajectoryWriter
 
 log = logging.getLogger(__name__)
 
-LOG = "trajectory.zo"
+LOG, SNAPSHOTS = "trajectory.zo", "snapshots"
 
 Append = Callable[[StepRecord], None]
 
 # Settings that a run may go on with others of: they change no step, or only those to come.
 _MAY_CHANGE = (
-    *("engine.", "model.source", "model.trust_remote_code", "train.steps", "train.max_seconds"),
-    *("train.output", "train.existing", "train.micro_rows", "train.eval_", "train.save_", "train.log_every"),
-    *("train.tensorboard", "train.sync_every", "optimizer.compile", "optimizer.self_check"),
-    *("optimizer.max_skipped", "optimizer.perturb"),
+    *("engine.", "model.source", "model.trust_remote_code", "optimizer.compile", "optimizer.self_check"),
+    *("optimizer.max_skipped", "optimizer.perturb", "train.steps", "train.max_seconds", "train.output"),
+    *("train.existing", "train.micro_rows", "train.eval_", "train.save_", "train.log_every"),
+    *("train.tensorboard", "train.sync_every", "train.snapshot_every", "train.keep_snapshots"),
+    "train.verify_every",
 )
 
 
@@ -50,11 +53,15 @@ class Interrupted(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """What an earlier process did of this run: `steps` in the log at `path`, the metrics of those steps."""
+    """What an earlier process did of this run.
+
+    `steps` in the log at `path`, the metrics of those steps, and the last snapshot among them.
+    """
 
     path: Path
     steps: int
     events: list[dict[str, Any]]
+    snapshot: Path | None
 
     @property
     def seconds(self) -> float:
@@ -86,9 +93,18 @@ def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> E
                 known = [e for e in known if e["event"] != "eval" or e["step"] == 0 or e["split"] != "test"]
                 if not any(e["event"] == "eval" and e["step"] == 0 for e in known):
                     raise ValueError(f"{path.parent / METRICS} lacks the start of the run; {_REMEDY}")
-                earlier = Earlier(path, steps, known)
-    ranks.require_equal("what train.output holds", {"steps": earlier.steps if earlier else 0})
+                earlier = Earlier(path, steps, known, _last_snapshot(path.parent, steps))
+    seen = (
+        {"steps": earlier.steps, "snapshot": earlier.snapshot} if earlier else {"steps": 0, "snapshot": None}
+    )
+    ranks.require_equal("what train.output holds", seen)
     return earlier
+
+
+def _last_snapshot(output: Path, steps: int) -> Path | None:
+    # One of a step that is not in the log was made before a machine failed; there is nothing to tie it to.
+    known = [path for path in snapshots_in(output / SNAPSHOTS) if read_manifest(path)["step"] <= steps]
+    return known[-1] if known else None
 
 
 _REMEDY = "set train.output to another folder, or train.existing=replace to begin again in this one"
@@ -130,6 +146,8 @@ def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Appen
 
     def create() -> TrajectoryWriter:
         path = Path(config.train.output) / LOG
+        # Of a run that is replaced: the new log must not be taken for theirs.
+        shutil.rmtree(path.with_name(SNAPSHOTS), ignore_errors=True)
         return TrajectoryWriter(path, header, sync_every=config.train.sync_every)
 
     with _appending(optimizer.engine, create) as append:
@@ -139,10 +157,10 @@ def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Appen
 @contextmanager
 def go_on(earlier: Earlier, optimizer: ZeroOrder, config: Config) -> Iterator[Append]:
     """Weights and state as after the steps of the log, and what appends to it. Every rank must call it."""
-    log.info("%s holds %d steps: they are replayed, and the run goes on", earlier.path, earlier.steps)
+    log.info("%s holds %d steps; the run goes on after them", earlier.path, earlier.steps)
     start = time.perf_counter()
-    replay(optimizer, earlier.path, earlier.steps)
-    log.info("replayed in %.1f s", time.perf_counter() - start)
+    replay(optimizer, earlier.path, earlier.steps, earlier.snapshot)
+    log.info("replayed from %s in %.1f s", earlier.snapshot or "the start", time.perf_counter() - start)
 
     def reopen() -> TrajectoryWriter:
         reader = TrajectoryReader(earlier.path)
@@ -168,6 +186,22 @@ def _appending(engine: Engine, open_log: Callable[[], TrajectoryWriter]) -> Iter
                     writer.append(record)
 
         yield append
+
+
+def check_run(output: Path) -> dict[str, Any]:
+    """What a run's folder holds; ValueError, naming the file, if any of it is damaged.
+
+    Reads the log, the metrics and every byte of the snapshots. Saved models carry no checksum.
+    """
+    reader = TrajectoryReader(output / LOG)
+    steps = sum(1 for _ in reader)
+    events = read_metrics(output)
+    snapshots = snapshots_in(output / SNAPSHOTS)
+    for snapshot in snapshots:
+        for name, expected in read_manifest(snapshot)["files"].items():
+            check_file(snapshot / name, expected)
+    found: dict[str, Any] = {"steps": steps, "cut_short": reader.torn, "events": len(events)}
+    return found | {"snapshots": [path.name for path in snapshots]}
 
 
 @contextmanager

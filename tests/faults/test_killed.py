@@ -26,6 +26,7 @@ from workers import Pool, needs_deepspeed
 from zo_dist.cli import main
 from zo_dist.config import load_config
 from zo_dist.engines import Engine
+from zo_dist.optimizer import ZeroOrder
 from zo_dist.runlog import read_metrics
 from zo_dist.train import run_training
 from zo_dist.trajectory import TrajectoryReader
@@ -35,7 +36,7 @@ ZERO3 = ["engine.kind=deepspeed", f"engine.deepspeed={Path(__file__).parents[2] 
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"dtype": "bfloat16"},
     "optimizer": {"sampler": {"name": "adalezo", "ratio": 0.6}, "rounding": "kahan", "weight_decay": 0.01},
-    "train": {"steps": 40, "eval_every": 5, "schedule": "cosine"},
+    "train": {"steps": 40, "eval_every": 5, "schedule": "cosine", "snapshot_every": 3},
 }
 
 
@@ -88,6 +89,9 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(
         pool(2).run(train, folder / "config.yaml", [f"train.output={run}"])
         assert left_by(run) == expected
         assert [e["step"] for e in read_metrics(run) if e["event"] == "eval"] == metrics
+        kept = sorted(path.name for path in (run / "snapshots").iterdir())
+        assert kept == ["step-00000036", "step-00000039"]
+        assert main(["check", str(run)]) == 0
         runs += 1
         shutil.rmtree(run)
 
@@ -244,7 +248,11 @@ def test_changed_rows_another_base_and_damage_are_refused(
     assert main(["train", str(path), "train.steps=5"]) == 2
     assert "damaged at offset" in capsys.readouterr().err
     log.write_bytes(whole)
-    (tmp_path / "run" / "metrics.jsonl").unlink()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("{" + metrics.read_text())
+    assert main(["train", str(path), "train.steps=5"]) == 2
+    assert "metrics.jsonl, line 1, is damaged" in capsys.readouterr().err
+    metrics.unlink()
     assert main(["train", str(path), "train.steps=5"]) == 2
     assert "metrics.jsonl lacks the start of the run" in capsys.readouterr().err
 
@@ -263,3 +271,31 @@ def test_a_finished_run_can_be_extended_or_replaced(tmp_path: Path) -> None:
     assert len(list(TrajectoryReader(log))) == 3
     settings = tiny_config(tmp_path)["optimizer"]
     assert [record.lr for record in TrajectoryReader(log)] == [2 * settings["lr"]] * 3
+
+
+def train_with_a_bit_that_flips(path: Path, overrides: list[str], odd: int, at: int) -> None:
+    """Training in which one bit of rank `odd`'s copy changes before step `at`, as bad memory does."""
+    steps = ZeroOrder.step_batch
+
+    def step_batch(self: Any, *args: Any) -> float:
+        if self.step_count == at and self.engine.rank == odd:
+            self.params[3].param.data.view(-1).view(torch.int16)[5] ^= 1
+        return steps(self, *args)
+
+    ZeroOrder.step_batch = step_batch  # type: ignore[method-assign]
+    try:
+        train(path, overrides)
+    finally:
+        ZeroOrder.step_batch = steps  # type: ignore[method-assign]
+
+
+def test_a_copy_that_changes_during_a_run_is_named(
+    whole: tuple[Path, float], pool: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    overrides = ["engine.kind=replicated", "train.verify_every=4", f"train.output={tmp_path / 'run'}"]
+    for error in pool(3).errors(
+        train_with_a_bit_that_flips, whole[0] / "config.yaml", overrides, 1, 5, timeout=100
+    ):
+        assert "DesyncError" in error
+        assert "rank 1 differs from the 2 others" in error
+    assert len(list(TrajectoryReader(tmp_path / "run" / "trajectory.zo"))) == 8

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from zo_dist import native
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Elements at a time: they are widened to 64 bits.
@@ -30,6 +32,8 @@ def fingerprint(weight: Tensor, offset: int = 0) -> int:
     No change of a single element leaves it as it was, and the sum of the pieces' is the whole's.
     """
     words = weight.detach().reshape(-1).view(_INTEGERS[weight.element_size()])
+    if words.device.type == "cpu" and native.library() is not None:
+        return native.fingerprint(words, offset)
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for start in range(0, len(words), _CHUNK):
         piece = words[start : start + _CHUNK].to(torch.int64)

@@ -25,10 +25,12 @@ class Engine:
     """One way of holding a model's weights. One rank is N ranks with N = 1.
 
     `module`: what a forward is called on. `rank`, `num_ranks`: over all processes that take rows.
-    `device`: where the model computes. Subclasses say which part of a parameter this rank holds.
+    `device`: where the model computes. `has_copies`: does another rank hold what this one does? Subclasses
+    say which part of a parameter this rank holds.
     """
 
     name = "engine"
+    has_copies = False
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
@@ -91,28 +93,34 @@ class Engine:
             total += row
         return total.view(values.shape)
 
+    def holders(self, params: Sequence[Param]) -> dict[str, list[tuple[int, int, int]]]:
+        """For each weight `(rank, offset, numel)` of every rank that holds a piece of it. A collective."""
+        spans = {span.name: (span.offset, span.flat.numel()) for span in self.spans(params)}
+        mine = [float(x) for param in params for x in spans.get(param.name, (0, 0))]
+        everyone = self.exchange(mine).to(torch.int64).view(self.num_ranks, -1, 2).tolist()
+        return {
+            param.name: [(rank, *theirs[i]) for rank, theirs in enumerate(everyone) if theirs[i][1]]
+            for i, param in enumerate(params)
+        }
+
     def fingerprints(self, params: Sequence[Param]) -> dict[str, int]:
         """64 bits of each whole weight, for any number of ranks and way of sharding the same.
 
         A collective of 32 bytes per parameter and rank, after one pass over this rank's weights. Raises
         DesyncError, naming the ranks, where two hold different copies of the same piece.
         """
-        spans = {span.name: span for span in self.spans(params)}
-        rows = []
-        for param in params:
-            span = spans.get(param.name, Span(param.name, torch.empty(0), 0))
-            bits = fingerprint(span.flat, span.offset)
-            rows.append([float(x) for x in (span.offset, span.flat.numel(), bits >> 32, bits & 0xFFFFFFFF)])
-        everyone = self.exchange(torch.tensor(rows, dtype=torch.float64)).view(self.num_ranks, -1, 4)
+        bits = {span.name: fingerprint(span.flat, span.offset) for span in self.spans(params)}
+        mine = [float(x) for p in params for x in divmod(bits.get(p.name, 0), 1 << 32)]
+        everyone = self.exchange(mine).to(torch.int64).view(self.num_ranks, -1, 2).tolist()
         whole: dict[str, int] = {}
-        for i, param in enumerate(params):
+        for i, (name, holders) in enumerate(self.holders(params).items()):
             pieces: dict[int, dict[int, int]] = {}
-            for rank, (offset, numel, high, low) in enumerate(everyone[:, i].to(torch.int64).tolist()):
-                if numel:
-                    pieces.setdefault(offset, {})[rank] = high << 32 | low
+            for rank, offset, _ in holders:
+                high, low = everyone[rank][i]
+                pieces.setdefault(offset, {})[rank] = high << 32 | low
             for copies in pieces.values():
-                require_alike(copies, f"the weight {param.name}")
-            whole[param.name] = sum(next(iter(c.values())) for c in pieces.values()) & (1 << 64) - 1
+                require_alike(copies, f"the weight {name}")
+            whole[name] = sum(next(iter(copies.values())) for copies in pieces.values()) & (1 << 64) - 1
         return whole
 
     def require_equal(

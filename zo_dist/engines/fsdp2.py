@@ -63,7 +63,8 @@ class FSDP2Engine(Engine):
         if first.to_local().device.type != device.type:
             await_each_forward(module)
         replicas = _ranks_of_same_shard(first)
-        if len(replicas) > 1:
+        self.has_copies = len(replicas) > 1
+        if self.has_copies:
             prints = {name: fingerprint(param.to_local()) for name, param in shards.items()}
             self.require_equal("the starting weights", prints, among=replicas)
 

@@ -20,7 +20,8 @@ class ReplicatedEngine(Engine):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, next(module.parameters(), torch.empty(0)).device)
-        if self.num_ranks > 1:
+        self.has_copies = self.num_ranks > 1
+        if self.has_copies:
             weights = {canonical_name(name): fingerprint(p) for name, p in module.named_parameters()}
             self.require_equal("the starting weights", weights)
 

@@ -1,0 +1,204 @@
+"""Snapshots: read by any engine and number of ranks, and never if a byte of them is wrong."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import table
+import torch
+from injected import remembered_noise
+from models import build, loss_of, rows_for
+from tiny_run import write_config
+from workers import Pool, digest, needs_deepspeed, whole_weights, wrap
+
+import zo_dist
+from zo_dist.cli import main
+from zo_dist.replay import identity, replay
+from zo_dist.runlog import read_metrics
+from zo_dist.snapshot import SnapshotError, load_snapshot, save_snapshot, snapshots_in
+from zo_dist.trajectory import TrajectoryReader, TrajectoryWriter
+
+PLACES = [
+    ("replicated", 1),
+    ("replicated", 2),
+    ("fsdp2", 1),
+    ("fsdp2", 2),
+    ("fsdp2", 3),
+    ("hsdp_2x2", 4),
+    *(pytest.param(*case, marks=needs_deepspeed) for case in (("zero3", 2), ("zero3", 3))),
+]
+
+
+def make(engine: str = "replicated", **options: Any) -> zo_dist.ZeroOrder:
+    model = wrap(engine, build("sequential", torch.bfloat16))
+    settings: dict[str, Any] = {"sampler": "adalezo", "lr": 0.03, "rounding": "kahan", "directions": 2}
+    return table.optimizer(model, self_check=False, **{**settings, **options})
+
+
+def stepped(engine: str = "replicated", steps: int = 4, **options: Any) -> zo_dist.ZeroOrder:
+    optimizer, batch = make(engine, **options), rows_for("sequential", 6, dtype=torch.bfloat16)
+    for _ in range(steps):
+        # Every rank has all rows: what a step does need not be the same on other numbers of ranks here.
+        optimizer.step_batch(batch, loss_of)
+    return optimizer
+
+
+Pieces = list[tuple[str, int, list[float]]]
+
+
+def lost_of(optimizer: zo_dist.ZeroOrder) -> Pieces:
+    """What rounding lost in the spans of this rank: (name, offset, values)."""
+    spans = optimizer.engine.spans(optimizer.params)
+    return [(s.name, s.offset, optimizer.rounding.lost[s.name].tolist()) for s in spans]
+
+
+def joined(ranks: list[Pieces]) -> dict[str, list[float]]:
+    """Whole tensors from the pieces of all ranks."""
+    whole: dict[str, dict[int, float]] = {}
+    for name, offset, values in (piece for pieces in ranks for piece in pieces):
+        whole.setdefault(name, {}).update(enumerate(values, offset))
+    return {name: [values[i] for i in range(len(values))] for name, values in whole.items()}
+
+
+def save_there(engine: str, folder: str) -> tuple[str, str, int, Pieces]:
+    with remembered_noise():
+        optimizer = stepped(engine)
+        save_snapshot(optimizer, folder)
+        return what_is(optimizer)
+
+
+def load_there(engine: str, path: str) -> tuple[str, str, int, Pieces]:
+    optimizer = make(engine)
+    load_snapshot(optimizer, path)
+    return what_is(optimizer)
+
+
+def what_is(optimizer: zo_dist.ZeroOrder) -> tuple[str, str, int, Pieces]:
+    weights, sampler = digest(whole_weights(optimizer)), repr(optimizer.sampler.state_dict())
+    return weights, sampler, optimizer.step_count, lost_of(optimizer)
+
+
+@pytest.fixture(scope="module")
+def saved(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Snapshots by one process and by three FSDP2 ranks: path, and what each rank had."""
+    made = {}
+    for engine, num_ranks in (("replicated", 1), ("fsdp2", 3)):
+        folder = tmp_path_factory.mktemp("saved")
+        results = pool(num_ranks).run(save_there, engine, str(folder))
+        made[engine] = (str(folder / "step-00000004"), results)
+    return made
+
+
+@pytest.mark.parametrize("source", ["replicated", "fsdp2"])
+@pytest.mark.parametrize(("engine", "num_ranks"), PLACES)
+def test_any_engine_loads_what_another_saved(
+    pool: Callable[[int], Pool], saved: dict[str, Any], engine: str, num_ranks: int, source: str
+) -> None:
+    path, expected = saved[source]
+    results = pool(num_ranks).run(load_there, engine, path)
+    for got in results:
+        assert got[:3] == expected[0][:3]
+    lost = joined([got[3] for got in results])
+    assert lost == joined([had[3] for had in expected])
+    assert any(any(values) for values in lost.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"rounding": "stochastic"}, {"sampler": "dense"}], ids=str)
+def test_both_go_on_as_one(tmp_path: Path, options: dict[str, Any]) -> None:
+    ran = stepped(**options)
+    again = make(**options)
+    load_snapshot(again, save_snapshot(ran, tmp_path))
+    assert repr(again.state_dict()) == repr(ran.state_dict())
+    batch = rows_for("sequential", 6, dtype=torch.bfloat16)
+    for _ in range(5):
+        assert ran.step_batch(batch, loss_of) == again.step_batch(batch, loss_of)
+    assert digest(whole_weights(again)) == digest(whole_weights(ran))
+    assert lost_of(again) == lost_of(ran) if "rounding" not in options else not ran.rounding.lost
+
+
+def test_a_snapshot_stands_for_the_steps_before_it(tmp_path: Path) -> None:
+    optimizer, batch = make(), rows_for("sequential", 6, dtype=torch.bfloat16)
+    with TrajectoryWriter(tmp_path / "log", identity(optimizer)) as log:
+        for step in range(9):
+            optimizer.step_batch(batch, loss_of)
+            log.append(optimizer.record)
+            if step == 5:
+                save_snapshot(optimizer, tmp_path)
+    again, replayed = make(), []
+    original = again.replay
+    again.replay = lambda record: (replayed.append(record.step), original(record))[1]  # type: ignore[method-assign]
+    assert replay(again, tmp_path / "log", snapshot=tmp_path / "step-00000006") == 9
+    assert replayed == [6, 7, 8]
+    assert digest(whole_weights(again)) == digest(whole_weights(optimizer))
+    assert repr(again.state_dict()) == repr(optimizer.state_dict())
+
+
+def test_any_byte_that_is_changed_is_found(tmp_path: Path) -> None:
+    path = save_snapshot(stepped(), tmp_path)
+    other = make()
+    before, checked = digest(whole_weights(other)), 0
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        for at in range(0, len(whole), max(1, len(whole) // 600)):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            with pytest.raises(SnapshotError, match="damaged"):
+                load_snapshot(other, path)
+            checked += 1
+        file.write_bytes(whole)
+    assert checked > 1000
+    assert digest(whole_weights(other)) == before, "nothing was written"
+    load_snapshot(other, path)
+
+
+def test_what_is_missing_or_of_another_run_is_said(tmp_path: Path) -> None:
+    path = save_snapshot(stepped(), tmp_path)
+    with pytest.raises(SnapshotError, match="another rounding mode"):
+        load_snapshot(make(), save_snapshot(stepped(rounding="nearest"), tmp_path / "nearest"))
+    with pytest.raises(SnapshotError, match="is no snapshot"):
+        load_snapshot(make(), tmp_path)
+    (path / "rank-00000.safetensors").unlink()
+    with pytest.raises(SnapshotError, match=r"rank-00000.safetensors is missing; delete"):
+        load_snapshot(make(), path)
+
+
+def test_the_newest_are_kept_and_unfinished_ones_are_none(tmp_path: Path) -> None:
+    optimizer = make()
+    for _ in range(4):
+        optimizer.step_batch(rows_for("sequential", 6, dtype=torch.bfloat16), loss_of)
+        save_snapshot(optimizer, tmp_path, keep=2)
+    assert [path.name for path in snapshots_in(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert len(list(tmp_path.iterdir())) == 2
+    shutil.copytree(tmp_path / "step-00000003", tmp_path / ".step-00000009.partial")
+    assert len(snapshots_in(tmp_path)) == 2
+
+
+def test_a_run_resumes_from_its_snapshot_and_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_config(tmp_path, train={"steps": 5, "snapshot_every": 2, "eval_every": 0})
+    run = tmp_path / "run"
+    assert main(["train", str(path)]) == 0
+    assert main(["check", str(run)]) == 0
+    expected = '"steps": 5, "cut_short": 0, "events": 8, "snapshots": ["step-00000002", "step-00000004"]'
+    assert expected in capsys.readouterr().out
+    assert main(["train", str(path), "train.steps=7"]) == 0
+    assert "step-00000004" in caplog.text
+    assert main(["train", str(path), "train.steps=7", f"train.output={tmp_path / 'other'}"]) == 0
+    saved = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in ("run", "other")]
+    assert saved[0] == saved[1]
+    assert len([e for e in read_metrics(run) if e["event"] == "step"]) == 7
+    # A snapshot that is damaged is named, and the run goes on without it once it is gone.
+    file = run / "snapshots" / "step-00000006" / "rank-00000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for command in (["train", str(path), "train.steps=8"], ["check", str(run)]):
+        assert main(command) == 2
+        assert "step-00000006/rank-00000.safetensors is damaged" in capsys.readouterr().err
+    shutil.rmtree(file.parent)
+    assert main(["train", str(path), "train.steps=8"]) == 0
+    assert len(list(TrajectoryReader(run / "trajectory.zo"))) == 8
+    assert main(["check", str(tmp_path / "nothing")]) == 2

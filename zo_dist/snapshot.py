@@ -1,0 +1,204 @@
+"""The trained weights and the state of a run at one step, so that a resume replays the log from there only.
+
+A folder of one safetensors file per rank, with the spans that rank holds by canonical name and offset,
+and a manifest with a checksum of each file and of itself. Any number of ranks on any engine reads what any
+other wrote. Frozen weights and buffers are the base model's and are not in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from zo_dist.optimizer import ZeroOrder
+from zo_dist.params import Span
+
+_MANIFEST = "manifest.json"
+_READ = 1 << 24  # bytes at a time, of a file that is checked
+
+
+class SnapshotError(ValueError):
+    """A snapshot that is damaged or incomplete; the message names the file and what to do."""
+
+
+def save_snapshot(optimizer: ZeroOrder, folder: str | Path, keep: int | None = None) -> Path:
+    """Write `folder/step-N`, N being the steps taken; returns it. Every rank must call it and see the folder.
+
+    Each piece of a weight is written by the first rank that holds it. The snapshot appears, complete, by a
+    rename; `keep`: so many are left, the newest. Raises on every rank if a write fails, which leaves
+    those that were there. Cost: the trained weights written once, read once more for the checksums.
+    """
+    engine, folder = optimizer.engine, Path(folder)
+    final = folder / f"step-{optimizer.step_count:08}"
+    partial = folder / f".{final.name}.partial"
+    digest, holders = weights_digest(optimizer), engine.holders(optimizer.params)
+    with engine.jointly():
+        if engine.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    name, size, checksum = f"rank-{engine.rank:05}.safetensors", 0, 0
+    with engine.jointly():
+        tensors = {}
+        for span in engine.spans(optimizer.params):
+            first = min(rank for rank, offset, _ in holders[span.name] if offset == span.offset)
+            if first == engine.rank:
+                tensors[_key("weight", span)] = span.flat
+                if span.name in optimizer.rounding.lost:
+                    tensors[_key("lost", span)] = optimizer.rounding.lost[span.name]
+        # Spans of one storage are saved as they are: safetensors wants each to own its memory.
+        save_file({key: tensor.detach().clone() for key, tensor in tensors.items()}, partial / name)
+        size, checksum = _sync_and_check(partial / name)
+    files = engine.exchange([float(size), float(checksum)]).to(torch.int64).tolist()
+    with engine.jointly():
+        if engine.rank == 0:
+            manifest = {
+                "step": optimizer.step_count,
+                "files": {f"rank-{rank:05}.safetensors": file for rank, file in enumerate(files)},
+                "weights": digest,
+                "sampler": optimizer.sampler.state_dict(),
+                "skipped": [optimizer.skipped, optimizer.skipped_in_a_row],
+            }
+            _write_manifest(partial / _MANIFEST, manifest)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.replace(final)
+            for old in snapshots_in(folder)[: -keep or None] if keep else []:
+                shutil.rmtree(old)
+    return final
+
+
+def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
+    """Bring weights, sampler, counters and the rounding's state to those of the snapshot at `path`.
+
+    Every rank must call it and see the folder; each reads the pieces that it holds. Raises SnapshotError,
+    on every rank, before any weight is written, if a byte of the snapshot is not what was written, or
+    a piece is missing; DesyncError or SnapshotError if the weights that were read are not those saved.
+    """
+    engine, path = optimizer.engine, Path(path)
+    with engine.jointly():
+        manifest = read_manifest(path)
+        # Each file is read once for its checksum, by one of the ranks.
+        for i, (name, expected) in enumerate(manifest["files"].items()):
+            if i % engine.num_ranks == engine.rank:
+                check_file(path / name, expected)
+    with engine.jointly():
+        index = _index(path, manifest)
+        spans = engine.spans(optimizer.params)
+        lost = [Span(name, tensor, _offset(spans, name)) for name, tensor in optimizer.rounding.lost.items()]
+        read = [(span, _read_piece(path, index, "weight", span)) for span in spans]
+        read += [(span, _read_piece(path, index, "lost", span)) for span in lost]
+    for span, piece in read:
+        span.flat.copy_(piece)
+    engine.publish()
+    optimizer.sampler.load_state_dict(manifest["sampler"])
+    optimizer.step_count = manifest["step"]
+    optimizer.skipped, optimizer.skipped_in_a_row = manifest["skipped"]
+    if weights_digest(optimizer) != manifest["weights"]:
+        raise SnapshotError(f"the weights read from {path} are not those that were saved; {_remedy(path)}")
+
+
+def weights_digest(optimizer: ZeroOrder) -> str:
+    """What tells the trained weights from any others, on any engine. A collective; one pass over them."""
+    prints = sorted(optimizer.engine.fingerprints(optimizer.params).items())
+    return hashlib.sha256(repr(prints).encode()).hexdigest()
+
+
+def snapshots_in(folder: Path) -> list[Path]:
+    """The complete snapshots of a folder, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{_MANIFEST}"))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the snapshot at `path`. SnapshotError if it is damaged."""
+    try:
+        checksum, _, text = (path / _MANIFEST).read_bytes().partition(b"\n")
+    except OSError as error:
+        raise SnapshotError(f"{path} is no snapshot: {error.strerror}") from error
+    if checksum != b"%08x" % google_crc32c.value(text):
+        raise SnapshotError(f"{path / _MANIFEST} is damaged; {_remedy(path)}")
+    manifest: dict[str, Any] = json.loads(text)
+    return manifest
+
+
+def check_file(path: Path, expected: list[int]) -> None:
+    """SnapshotError if a file of a snapshot is missing or has other bytes than the manifest says."""
+    size, checksum = expected
+    if not path.is_file():
+        raise SnapshotError(f"{path} is missing; {_remedy(path.parent)}")
+    if path.stat().st_size != size or _checksum(path) != checksum:
+        raise SnapshotError(f"{path} is damaged: it has other bytes than were saved; {_remedy(path.parent)}")
+
+
+def _remedy(path: Path) -> str:
+    return f"delete {path}: a run goes on from the snapshot before it, or from its base model, by its log"
+
+
+def _key(kind: str, span: Span) -> str:
+    return f"{kind}/{span.offset}/{span.name}"
+
+
+def _offset(spans: list[Span], name: str) -> int:
+    return next(span.offset for span in spans if span.name == name)
+
+
+def _index(path: Path, manifest: dict[str, Any]) -> dict[tuple[str, str], list[tuple[int, str, str]]]:
+    """By kind and name of a weight, its pieces: offset, file, key in the file."""
+    index: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
+    for file in manifest["files"]:
+        with safe_open(path / file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 (it is no mapping)
+                kind, offset, name = key.split("/", 2)
+                index.setdefault((kind, name), []).append((int(offset), file, key))
+    return index
+
+
+def _read_piece(
+    path: Path, index: dict[tuple[str, str], list[tuple[int, str, str]]], kind: str, span: Span
+) -> torch.Tensor:
+    """The elements of a span, on the CPU, from whichever files have them."""
+    out = torch.empty(span.flat.shape, dtype=span.flat.dtype)
+    filled = 0
+    for offset, file, key in index.get((kind, span.name), []):
+        with safe_open(path / file, "pt") as opened:
+            piece = opened.get_slice(key)
+            (length,) = piece.get_shape()
+            start, stop = max(offset, span.offset), min(offset + length, span.offset + len(out))
+            if start < stop:
+                out[start - span.offset : stop - span.offset] = piece[start - offset : stop - offset]
+                filled += stop - start
+    if filled != len(out):
+        raise SnapshotError(
+            f"{path} has {filled} of {len(out)} elements of {kind} {span.name} from {span.offset} on; it "
+            "is of other parameters or another rounding mode"
+        )
+    return out
+
+
+def _sync_and_check(path: Path) -> tuple[int, int]:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return path.stat().st_size, _checksum(path)
+
+
+def _checksum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while data := file.read(_READ):
+            total = google_crc32c.extend(total, data)
+    return total
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    text = json.dumps(manifest).encode()
+    with path.open("wb") as file:
+        file.write(b"%08x\n" % google_crc32c.value(text) + text)
+        file.flush()
+        os.fsync(file.fileno())
