@@ -7,9 +7,19 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import zo_dist
-from zo_dist.config import AdaLeZOConfig, Config, TrainConfig, load_config
+from zo_dist.config import (
+    AdaLeZOConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    load_config,
+)
 from zo_dist.schedule import lr_share
 
 BASE = """
@@ -116,6 +126,60 @@ def test_mistakes_are_named(path: Path, override: str, words: list[str]) -> None
         load_config(path, [override])
     for word in words[1:]:
         assert word in str(caught.value)
+
+
+KEYS = sorted(
+    {
+        *Config(
+            model=ModelConfig(source="m"),
+            data=DataConfig(task="sst2", source="d"),
+            optimizer=OptimizerConfig(lr=1e-6, sampler=AdaLeZOConfig()),
+            train=TrainConfig(steps=10),
+        ).flat(),
+        *("model", "optimizer.sampler", "train.step", "engine.kind.x", "nothing", "data."),
+    }
+)
+VALUES = [
+    *(
+        "null",
+        "true",
+        "no",
+        "-1",
+        "0",
+        "1",
+        "7",
+        "0.5",
+        "-0.0",
+        ".nan",
+        ".inf",
+        "1e400",
+        "99999999999999999999",
+    ),
+    *("''", "text", "adalezo", "fsdp2", "bfloat16", "[]", "[1, 2]", "{}", "{name: dense}", "{a: 1}", "0x10"),
+    *("2026-11-22", "~", "!!python/object:os.system x", "{", "&a [*a]", "'1'", "\\u0000", "1_000", "\t"),
+]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(VALUES)), min_size=1, max_size=3))
+def test_any_value_of_any_key_is_taken_or_refused_by_name(path: Path, changes: list[tuple[str, str]]) -> None:
+    """No other exception, nothing ignored: what is taken is in the config and reads back the same."""
+    overrides = [f"{key}={value}" for key, value in changes]
+    refused: ValueError | None = None
+    try:
+        config = load_config(path, overrides)
+    except ValueError as error:
+        refused = error
+    if refused is not None:
+        words = [word for key, _ in changes for word in key.split(".")]
+        assert any(word in str(refused) for word in words), str(refused)
+        return
+    again = path.with_name("again.yaml")
+    again.write_text(config.to_yaml())
+    assert repr(load_config(again)) == repr(config)
+    key, value = changes[-1]
+    if key in config.flat() and value in ("0", "1", "7", "0.5"):
+        assert config.flat()[key] == float(value) or config.flat()[key] == value
 
 
 def test_a_key_given_twice_is_an_error(path: Path) -> None:

@@ -127,9 +127,10 @@ def _variant(variants: Sequence[Any], value: Mapping[str, Any], key: str) -> Any
     if len(variants) == 1:
         return variants[0]
     by_name = {get_args(get_type_hints(v)["name"])[0]: v for v in variants}
-    if value.get("name") not in by_name:
-        raise ValueError(f"{key}.name is {value.get('name')!r}; legal: {', '.join(by_name)}")
-    return by_name[value["name"]]
+    name = value.get("name")
+    if not isinstance(name, str) or name not in by_name:
+        raise ValueError(f"{key}.name is {name!r}; legal: {', '.join(by_name)}")
+    return by_name[name]
 
 
 def _describe(hint: Any) -> str:
