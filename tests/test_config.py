@@ -77,6 +77,7 @@ def test_written_out_config_reads_back_equal(path: Path, tmp_path: Path) -> None
         ("train.steps=many", ["train.steps", "'many'", "an integer"]),
         ("train.steps=1.5", ["train.steps", "1.5", "an integer"]),
         ("train.steps=true", ["train.steps", "True", "an integer"]),
+        ("optimizer.lr=1" + "0" * 400, ["optimizer.lr", "401 digits"]),
         ("optimizer.compile=1", ["optimizer.compile", "true or false"]),
         ("optimizer.lr=fast", ["optimizer.lr", "'fast'", "a number"]),
         ("optimizer.lr=0", ["optimizer.lr", "above 0"]),

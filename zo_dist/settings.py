@@ -116,7 +116,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if get_origin(option) is Literal and value in get_args(option):
             return value
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise ValueError(f"{key} is an integer of {len(str(value))} digits; too large") from None
         if option in (bool, int, str) and type(value) is option:
             return value
     raise ValueError(f"{key} is {value!r}, of type {type(value).__name__}; legal: {_describe(hint)}")
