@@ -143,14 +143,15 @@ def uses(function: Noise, dtype: torch.dtype, size: int, offset: int) -> list[to
     if dtype != torch.float32:
         function.round(rounded, z / 3, "w", 1, offset)
         function.round(small, z * 1e-5, "w", 1, offset)
-    sums = [torch.empty_like(z) for _ in (1, 2, 3, 5, 7)]
-    for count, out in zip((1, 2, 3, 5, 7), sums, strict=True):
+    counts = (1, 2, 5)  # one direction, some of a group, more than a group
+    sums = [torch.empty_like(z) for _ in counts]
+    for count, out in zip(counts, sums, strict=True):
         terms = [(d, 0.3 + d) for d in range(count)]
         function.combine(out, [weight], "w", 1, terms, offset, _difference, ())
     return [z, shifted, plus, minus, rounded, small, *sums]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     law=st.sampled_from(table.LAWS),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),

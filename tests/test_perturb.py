@@ -35,8 +35,9 @@ def optimizer_of(model: nn.Module, **options: Any) -> zo_dist.ZeroOrder:
 
 
 def numels_shifted_by(optimizer: zo_dist.ZeroOrder) -> list[int]:
-    """Grows with each call that shifts weights, by the number of elements it writes."""
+    """Grows with each call that shifts weights, by the number of elements it writes; not by warming up."""
     numels: list[int] = []
+    optimizer.prepare({}, loss_of)
     shift = optimizer.noise.shift
 
     def watched(outs: Any, weight: Tensor, *arguments: Any) -> None:

@@ -181,7 +181,7 @@ class OptimizerConfig:
     seed: int = 0
     max_skipped: int = 10
     self_check: bool = True
-    compile: bool = False
+    compile: bool = True
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
