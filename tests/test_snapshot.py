@@ -20,7 +20,7 @@ from zo_dist.cli import main
 from zo_dist.replay import identity, replay
 from zo_dist.runlog import read_metrics
 from zo_dist.snapshot import SnapshotError, load_snapshot, save_snapshot, snapshots_in
-from zo_dist.trajectory import TrajectoryReader, TrajectoryWriter
+from zo_dist.trajectory import TrajectoryError, TrajectoryReader, TrajectoryWriter
 
 PLACES = [
     ("replicated", 1),
@@ -137,6 +137,21 @@ def test_a_snapshot_stands_for_the_steps_before_it(tmp_path: Path) -> None:
     assert repr(again.state_dict()) == repr(optimizer.state_dict())
 
 
+def test_a_snapshot_that_is_not_of_the_log_is_refused(tmp_path: Path) -> None:
+    batch = rows_for("sequential", 6, dtype=torch.bfloat16)
+    for name, lr in (("a", 0.03), ("b", 0.02)):
+        optimizer = make(lr=lr)
+        with TrajectoryWriter(tmp_path / f"{name}.log", identity(optimizer)) as log:
+            for _ in range(4):
+                optimizer.step_batch(batch, loss_of)
+                log.append(optimizer.record)
+        save_snapshot(optimizer, tmp_path / name)
+    for path, steps in (("b", None), ("a", 3)):
+        with pytest.raises(TrajectoryError, match="is not of the first"):
+            replay(make(), tmp_path / "a.log", steps, tmp_path / path / "step-00000004")
+    assert replay(make(), tmp_path / "a.log", snapshot=tmp_path / "a" / "step-00000004") == 4
+
+
 def test_any_byte_that_is_changed_is_found(tmp_path: Path) -> None:
     path = save_snapshot(stepped(), tmp_path)
     other = make()
@@ -172,8 +187,11 @@ def test_the_newest_are_kept_and_unfinished_ones_are_none(tmp_path: Path) -> Non
         save_snapshot(optimizer, tmp_path, keep=2)
     assert [path.name for path in snapshots_in(tmp_path)] == ["step-00000003", "step-00000004"]
     assert len(list(tmp_path.iterdir())) == 2
+    # What a process leaves that is killed while it writes or deletes one.
     shutil.copytree(tmp_path / "step-00000003", tmp_path / ".step-00000009.partial")
     assert len(snapshots_in(tmp_path)) == 2
+    save_snapshot(optimizer, tmp_path, keep=2)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_run_resumes_from_its_snapshot_and_checks(

@@ -151,8 +151,24 @@ def test_a_full_disk_takes_no_part_of_a_record(tmp_path: Path) -> None:
         with files_no_longer_than(size + 10), pytest.raises(OSError, match=r"could be written|too large"):
             log.append(StepRecord(1, 0.1, (1.0,), ((0,),), ((2.0,),)))
         assert (tmp_path / "log").stat().st_size == size
+        with files_no_longer_than(size + 10), pytest.raises(OSError, match=r"could be written|too large"):
+            log.append(StepRecord(1, 0.1, (1.0,), ((0,),), ((2.0,),)))
+        assert (tmp_path / "log").stat().st_size == size
         log.append(StepRecord(1, 0.1))
     assert [r.step for r in TrajectoryReader(tmp_path / "log")] == [0, 1]
+
+
+def test_a_log_goes_on_after_its_last_whole_record(tmp_path: Path) -> None:
+    records = written(tmp_path / "log")
+    whole = (tmp_path / "log").read_bytes()
+    (tmp_path / "log").write_bytes(whole[:-3])
+    reader = TrajectoryReader(tmp_path / "log")
+    with pytest.raises(ValueError, match="read to its end"):
+        TrajectoryWriter.resume(reader)
+    assert list(reader) == records[:-1]
+    with TrajectoryWriter.resume(reader) as log:
+        log.append(records[-1])
+    assert (tmp_path / "log").read_bytes() == whole
 
 
 @pytest.mark.parametrize("sampler", ["dense", "uniform", "adalezo"])
@@ -265,6 +281,20 @@ def test_a_single_bit_of_the_starting_weights_counts(tmp_path: Path) -> None:
     weight.view(-1)[-1] ^= 1
     with pytest.raises(TrajectoryError, match="not those that the run started from"):
         replay(other, tmp_path / "log")
+
+
+def test_frozen_weights_count_too(tmp_path: Path) -> None:
+    def frozen() -> zo_dist.ZeroOrder:
+        model = build("sequential")
+        next(model.parameters()).requires_grad_(False)
+        return zo_dist.ZeroOrder(model, self_check=False)
+
+    optimizer = frozen()
+    TrajectoryWriter(tmp_path / "log", identity(optimizer)).close()
+    assert replay(frozen(), tmp_path / "log") == 0
+    next(optimizer.engine.module.parameters()).data[0, 0] += 1
+    with pytest.raises(TrajectoryError, match="frozen weights are not those"):
+        replay(optimizer, tmp_path / "log")
 
 
 def test_damage_in_the_last_record_stops_replay_before_the_first_write(tmp_path: Path) -> None:

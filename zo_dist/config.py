@@ -281,7 +281,7 @@ class Config:
 
     def flat(self) -> dict[str, object]:
         """`{"section.key": value}` of every setting."""
-        return _flatten(dataclasses.asdict(self), "")
+        return flatten(dataclasses.asdict(self))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -294,11 +294,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return build(Config, settings)
 
 
-def _flatten(settings: dict[str, Any], prefix: str) -> dict[str, object]:
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    """`{"section.key": value}` of nested settings."""
     flat: dict[str, object] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat

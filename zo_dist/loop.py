@@ -78,24 +78,22 @@ class Loop:
         accuracy = ""
         optimizer.prepare(self._batches[done][0], row_loss)
         self._start = time.perf_counter()
+        over = done >= settings.steps or self._is_over(self._seconds_before)
         with stop_requests() as stop_request:
             # An earlier process may have been stopped between a step and its evaluation.
-            if (
-                done
-                and settings.eval_every
-                and done % settings.eval_every == 0
-                and done not in self._evaluated
-            ):
+            if done and self._evaluates(done, over) and done not in self._evaluated:
                 self._validate(done)
-            for step in range(done + 1, settings.steps + 1):
+            for step in range(done + 1, done if over else settings.steps + 1):
                 lr = optimizer.param_groups[0]["lr"]
                 loss = optimizer.step_batch(self._batches[step - 1], row_loss)
                 self._append(optimizer.record)
                 scheduler.step()
-                last = self._is_last(step, stop_request())
-                if step % settings.log_every == 0 or last:
+                last, requested = self._ends(step, stop_request())
+                if step % settings.log_every == 0 or last or requested:
                     self._write_step(step, loss, lr)
-                if settings.eval_every and (step % settings.eval_every == 0 or last):
+                if requested:
+                    raise self._interrupted(step, requested)
+                if self._evaluates(step, last):
                     accuracy = f"{self._validate(step).accuracy:.4f}"
                 if engine.has_copies and settings.verify_every and step % settings.verify_every == 0:
                     engine.fingerprints(optimizer.params)
@@ -110,17 +108,27 @@ class Loop:
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._start
 
-    def _is_last(self, step: int, stop_request: int) -> bool:
-        """Does training end with this step? By the clock of rank 0: ranks must agree. Raises Interrupted."""
+    def _evaluates(self, step: int, last: bool) -> bool:
+        every = self._config.train.eval_every
+        return bool(every) and (last or step % every == 0)
+
+    def _ends(self, step: int, stop_request: int) -> tuple[bool, int]:
+        """Does training end with this step, and what signal was any rank sent? The same on every rank."""
         everyone = self._optimizer.engine.exchange([self._seconds(), float(stop_request)])
-        requested = int(everyone[:, 1].max())
-        if requested:
-            name = signal.Signals(requested).name
-            raise Interrupted(
-                f"stopped by {name} after step {step}; the same command goes on after it", requested
-            )
+        # By the clock of rank 0: ranks must agree.
+        last = step == self._config.train.steps or self._is_over(float(everyone[0, 0]))
+        return last, int(everyone[:, 1].max())
+
+    def _is_over(self, seconds: float) -> bool:
         limit = self._config.train.max_seconds
-        return step == self._config.train.steps or (limit is not None and bool(everyone[0, 0] >= limit))
+        return limit is not None and seconds >= limit
+
+    def _interrupted(self, step: int, number: int) -> Interrupted:
+        how = " with train.existing=resume" if self._config.train.existing != "resume" else ""
+        name = signal.Signals(number).name
+        return Interrupted(
+            f"stopped by {name} after step {step}; the same command{how} goes on after it", number
+        )
 
     def _write_step(self, step: int, loss: float, lr: float) -> None:
         optimizer = self._optimizer

@@ -69,9 +69,9 @@ struct Stream {
     uint32_t key0, key1, step, word;
 };
 
-// Words 0 to 3 of N blocks. Philox4x32-10, see generator.py.
+// The first words of N blocks, then their second ones, and so on. Philox4x32-10, see generator.py.
 template <int N>
-inline void philox(const Stream& s, uint64_t first, uint32_t (&x)[4][N]) {
+inline void philox(const Stream& s, uint64_t first, uint32_t (&x)[4 * N]) {
 #pragma omp simd
     for (int i = 0; i < N; i++) {
         const uint64_t number = first + uint64_t(i);
@@ -87,17 +87,17 @@ inline void philox(const Stream& s, uint64_t first, uint32_t (&x)[4][N]) {
             k0 += 0x9E3779B9u;
             k1 += 0xBB67AE85u;
         }
-        x[0][i] = x0, x[1][i] = x1, x[2][i] = x2, x[3][i] = x3;
+        x[i] = x0, x[N + i] = x1, x[2 * N + i] = x2, x[3 * N + i] = x3;
     }
 }
 
 inline void rademacher(const Stream& s, uint64_t unit, float* z) {
     constexpr int N = UNIT / BLOCK;
-    uint32_t x[4][N];
+    uint32_t x[4 * N];
     philox<N>(s, unit * N, x);
     for (int b = 0; b < N; b++)
         for (int w = 0; w < 4; w++) {
-            const uint32_t word = x[w][b];
+            const uint32_t word = x[w * N + b];
             float* to = z + b * BLOCK + w * WORD;
 #pragma omp simd
             for (int i = 0; i < WORD; i++)
@@ -127,9 +127,9 @@ inline float logarithm(float u) {
 
 // One tile of 512: the cosines of 256 pairs, then their sines.
 inline void gaussian(const Stream& s, uint64_t tile, float* z) {
-    uint32_t x[4][128];
+    uint32_t x[4 * 128];
     philox<128>(s, tile * 128, x);
-    const uint32_t *radial = x[0], *angular = x[2];
+    const uint32_t *radial = x, *angular = x + 256;
     constexpr float LEAST = 0x1p-33f, MOST = 1.0f - 0x1p-24f, TURN = float(3.141592653589793 * 0x1p-31);
 #pragma omp simd
     for (int i = 0; i < GAUSSIANS / 2; i++) {
@@ -173,14 +173,14 @@ constexpr Factors FACTORS;
 // 16 random bits for each element of a unit.
 inline void random_bits(const Stream& s, uint64_t unit, uint32_t* out) {
     constexpr int N = UNIT / BLOCK, HALF = ROUNDINGS / BLOCK;
-    uint32_t x[4][N];
+    uint32_t x[4 * N];
     philox<N>(s, unit * N, x);
     for (int tile = 0; tile < UNIT / ROUNDINGS; tile++) {
         uint64_t words[2 * HALF];
         for (int b = 0; b < HALF; b++) {
             const int i = tile * HALF + b;
-            words[b] = x[0][i] | uint64_t(x[1][i]) << 32;
-            words[b + HALF] = x[2][i] | uint64_t(x[3][i]) << 32;
+            words[b] = x[i] | uint64_t(x[N + i]) << 32;
+            words[b + HALF] = x[2 * N + i] | uint64_t(x[3 * N + i]) << 32;
         }
         for (int row = 0; row < 32; row++)
 #pragma omp simd
@@ -226,7 +226,7 @@ void shift(int law, T* plus, T* minus, const T* weight, int64_t numel, uint64_t 
     });
 }
 
-// total += scale * z for each direction in order.
+// total += scale * z for each direction in order; total[0] is the element `from` of the unit.
 inline void add_up(int law, Stream s, const uint32_t* words, const float* scales, int count, uint64_t unit,
                    int64_t from, int64_t to, float* total) {
     float z[UNIT];
@@ -235,7 +235,7 @@ inline void add_up(int law, Stream s, const uint32_t* words, const float* scales
         noise(law, s, unit, from, to, z);
         const float scale = scales[d];
 #pragma omp simd
-        for (int64_t i = from; i < to; i++) total[i] += z[i] * scale;
+        for (int64_t i = from; i < to; i++) total[i - from] += z[i] * scale;
     }
 }
 
@@ -246,25 +246,25 @@ void update(int law, T* weight, T* lost, int64_t numel, uint64_t offset, Stream 
         float total[UNIT];
         // -0 + x is x, where 0 + x would lose the sign of a zero: see Noise.combine.
         std::fill_n(total, UNIT, count == 1 ? -0.0f : 0.0f);
-        add_up(law, s, words, scales, count, unit, from, to, total);
-        T* w = weight + start;
+        add_up(law, s, words, scales, count, unit, from, to, total + from);
         if (randomly) {
             uint32_t bits[UNIT];
             random_bits({s.key0, s.key1, s.step, rounding}, unit, bits);
 #pragma omp simd
             for (int64_t i = from; i < to; i++)
-                w[i] = stochastic<T>(widen(w[i]) * keep - total[i] * lr, bits[i]);
+                weight[start + i] = stochastic<T>(widen(weight[start + i]) * keep - total[i] * lr, bits[i]);
         } else if (lost) {
-            T* l = lost + start;
 #pragma omp simd
             for (int64_t i = from; i < to; i++) {
-                const float exact = (widen(w[i]) + widen(l[i])) * keep - total[i] * lr;
-                w[i] = nearest<T>(exact);
-                l[i] = nearest<T>(exact - widen(w[i]));
+                T &w = weight[start + i], &l = lost[start + i];
+                const float exact = (widen(w) + widen(l)) * keep - total[i] * lr;
+                w = nearest<T>(exact);
+                l = nearest<T>(exact - widen(w));
             }
         } else {
 #pragma omp simd
-            for (int64_t i = from; i < to; i++) w[i] = nearest<T>(widen(w[i]) * keep - total[i] * lr);
+            for (int64_t i = from; i < to; i++)
+                weight[start + i] = nearest<T>(widen(weight[start + i]) * keep - total[i] * lr);
         }
     });
 }
@@ -312,7 +312,7 @@ void zo_shift(int dtype, int law, void* plus, void* minus, const void* weight, i
 void zo_accumulate(int law, float* out, int64_t numel, uint64_t offset, const Stream* s, const uint32_t* words,
                    const float* scales, int count, int threads) {
     each_unit(offset, numel, threads, [=](uint64_t unit, int64_t from, int64_t to, int64_t start) {
-        add_up(law, *s, words, scales, count, unit, from, to, out + start);
+        add_up(law, *s, words, scales, count, unit, from, to, out + (start + from));
     });
 }
 

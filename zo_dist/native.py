@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -74,12 +75,13 @@ def library() -> ctypes.CDLL | None:
 
 
 def _built() -> Path:
-    command = [os.environ.get("CXX") or "c++", *_FLAGS]
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    command = [*compiler, *_FLAGS]
     if platform.machine() in ("x86_64", "AMD64"):
         # Left alone, compilers use half of what a processor with AVX-512 has.
         command.append("-mprefer-vector-width=512")
-    compiler = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
-    made_of = hashlib.sha256("\0".join([*command, compiler, _processor()]).encode() + _SOURCE.read_bytes())
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    made_of = hashlib.sha256("\0".join([*command, version, _processor()]).encode() + _SOURCE.read_bytes())
     folder = default_cache()
     final = folder / f"native-{made_of.hexdigest()[:16]}.so"
     if final.is_file():

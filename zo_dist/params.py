@@ -142,6 +142,17 @@ def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
     return [Param(names[p], p, shape_of(p), tuple(o)) for p, o in owners.items()]
 
 
+def frozen_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
+    """The parameters without `requires_grad`, in registration order, each once. `module` is unwrapped."""
+    found: dict[nn.Parameter, Param] = {}
+    for prefix, holder in module.named_modules():
+        for attribute, param in holder._parameters.items():
+            if param is not None and not param.requires_grad and param not in found:
+                name = canonical_name(f"{prefix}.{attribute}".lstrip("."))
+                found[param] = Param(name, param, shape_of(param), (Owner(holder, holder, attribute),))
+    return list(found.values())
+
+
 def group_arms(module: nn.Module, params: Sequence[Param]) -> list[Arm]:
     """The arms: embeddings, each layer in order, the rest; near-empty ones joined to a neighbour.
 

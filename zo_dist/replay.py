@@ -7,18 +7,21 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+
 from zo_dist import noise
 from zo_dist.optimizer import ZeroOrder, options_of
-from zo_dist.snapshot import load_snapshot, weights_digest
+from zo_dist.params import frozen_params
+from zo_dist.snapshot import load_snapshot, read_manifest, weights_digest
 from zo_dist.trajectory import TrajectoryError, TrajectoryReader
 
 
 def identity(optimizer: ZeroOrder) -> dict[str, Any]:
-    """What a log belongs to: the settings that shape a write, the parameters, and the weights as they are.
+    """What a log belongs to: the settings that shape a write, the parameters, and all weights as they are.
 
     For JSON. A collective: every rank must call it. Cost: one pass over the weights.
     """
-    sampler, rule = optimizer.sampler, optimizer.rule
+    engine, sampler, rule = optimizer.engine, optimizer.sampler, optimizer.rule
     parameters = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in optimizer.params]
     return {
         "parameters": hashlib.sha256(repr(parameters).encode()).hexdigest(),
@@ -28,7 +31,8 @@ def identity(optimizer: ZeroOrder) -> dict[str, Any]:
         "rounding": optimizer.rounding.mode,
         "sampler": [type(sampler).__name__, options_of(sampler)],
         "rule": [type(rule).__name__, options_of(rule)],
-        "weights": weights_digest(optimizer),
+        "weights": weights_digest(optimizer, optimizer.params),
+        "frozen": weights_digest(optimizer, frozen_params(engine.module, engine.shape_of)),
     }
 
 
@@ -47,9 +51,17 @@ def replay(
     with optimizer.engine.jointly():
         reader = TrajectoryReader(log)
         _require_same(mine, reader)
-        last = sum(1 for _ in itertools.islice(reader, steps))
+        # A snapshot is tied to the log by what its last step wrote.
+        manifest = {"step": 0, "record": None} if snapshot is None else read_manifest(Path(snapshot))
+        last, tie = 0, None
+        for record in itertools.islice(reader, steps):
+            last += 1
+            if last == manifest["step"]:
+                tie = google_crc32c.value(record.pack(len(optimizer.arms)))
         if steps is not None and last < steps:
             raise TrajectoryError(f"{log} has {last} steps; {steps} were asked for")
+        if tie != manifest["record"]:
+            raise TrajectoryError(f"{snapshot} is not of the first {last} steps of {log}; delete it")
         if optimizer.step_count:
             raise TrajectoryError(
                 f"the optimizer has taken {optimizer.step_count} steps; replay needs a new one"
@@ -64,6 +76,7 @@ def replay(
 def _require_same(mine: dict[str, Any], reader: TrajectoryReader) -> None:
     header = reader.header
     remedy = {
+        "frozen": "the frozen weights are not those that the run had: name its base model",
         "weights": "the weights are not those that the run started from: name its base model",
         "parameters": "the trained parameters have other names, shapes or dtypes",
         "arms": "the model has other layers",

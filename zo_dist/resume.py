@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shutil
 import signal
 import time
@@ -17,13 +18,13 @@ from types import FrameType
 from typing import Any
 
 import zo_dist
-from zo_dist.config import Config
+from zo_dist.config import Config, flatten
 from zo_dist.data import RunData
 from zo_dist.engines import Engine
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.replay import identity, replay
 from zo_dist.runlog import METRICS, read_metrics
-from zo_dist.snapshot import check_file, read_manifest, snapshots_in
+from zo_dist.snapshot import check_file, read_manifest, remove_snapshot, snapshots_in
 from zo_dist.tasks import EncodedRow
 from zo_dist.trajectory import StepRecord, TrajectoryReader, TrajectoryWriter
 
@@ -81,7 +82,9 @@ def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> E
     earlier: Earlier | None = None
     with ranks.jointly():
         path = Path(config.train.output) / LOG
-        if config.train.existing == "resume" and path.exists():
+        # A launcher that starts a run again after a failure means the run that it started.
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if (config.train.existing == "resume" or restarted) and path.exists():
             reader = TrajectoryReader(path)
             steps = sum(1 for _ in reader)
             if steps:
@@ -94,10 +97,8 @@ def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> E
                 if not any(e["event"] == "eval" and e["step"] == 0 for e in known):
                     raise ValueError(f"{path.parent / METRICS} lacks the start of the run; {_REMEDY}")
                 earlier = Earlier(path, steps, known, _last_snapshot(path.parent, steps))
-    seen = (
-        {"steps": earlier.steps, "snapshot": earlier.snapshot} if earlier else {"steps": 0, "snapshot": None}
-    )
-    ranks.require_equal("what train.output holds", seen)
+    seen = (earlier.steps, earlier.snapshot) if earlier else (0, None)
+    ranks.require_equal("what train.output holds", {"steps and snapshot": seen})
     return earlier
 
 
@@ -111,10 +112,13 @@ _REMEDY = "set train.output to another folder, or train.existing=replace to begi
 
 
 def _require_same_run(config: Config, rows: Sequence[EncodedRow], reader: TrajectoryReader) -> None:
-    was, wanted = reader.header.get("settings", {}), settings_of(config)
-    differing = [
-        k for k in {**was, **wanted} if was.get(k) != wanted.get(k) and not k.startswith(_MAY_CHANGE)
-    ]
+    # As JSON gives it back.
+    was, wanted = (
+        flatten(reader.header["config"]),
+        flatten(json.loads(json.dumps(dataclasses.asdict(config)))),
+    )
+    keys = [key for key in {**was, **wanted} if not key.startswith(_MAY_CHANGE)]
+    differing = [key for key in keys if was.get(key) != wanted.get(key)]
     if differing:
         changes = ", ".join(f"{key} is {wanted.get(key)!r}, was {was.get(key)!r}" for key in differing)
         raise ValueError(f"{reader.path.parent} holds a run of other settings: {changes}; {_REMEDY}")
@@ -122,12 +126,6 @@ def _require_same_run(config: Config, rows: Sequence[EncodedRow], reader: Trajec
         raise ValueError(
             f"{reader.path.parent} holds a run on other training rows than data.source gives now; {_REMEDY}"
         )
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """`config.flat()`, as JSON gives it back."""
-    settings: dict[str, Any] = json.loads(json.dumps(config.flat()))
-    return settings
 
 
 def digest_of_rows(rows: Sequence[EncodedRow]) -> str:
@@ -141,14 +139,18 @@ def digest_of_rows(rows: Sequence[EncodedRow]) -> str:
 @contextmanager
 def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Append]:
     """A new log in the run's folder, and what appends to it. Every rank must call it."""
-    header = {**identity(optimizer), "config": dataclasses.asdict(config), "settings": settings_of(config)}
+    header = {**identity(optimizer), "config": dataclasses.asdict(config)}
     header.update(data=digest_of_rows(data.train), zo_dist=zo_dist.__version__)
 
     def create() -> TrajectoryWriter:
-        path = Path(config.train.output) / LOG
-        # Of a run that is replaced: the new log must not be taken for theirs.
-        shutil.rmtree(path.with_name(SNAPSHOTS), ignore_errors=True)
-        return TrajectoryWriter(path, header, sync_every=config.train.sync_every)
+        output = Path(config.train.output)
+        # Of a run that is replaced: nothing of it is to be taken for the new one's.
+        for folder in (SNAPSHOTS, "best", "last", "tensorboard"):
+            shutil.rmtree(output / folder, ignore_errors=True)
+        for file in ("result.json", "run.png"):
+            (output / file).unlink(missing_ok=True)
+        _write_config(config)
+        return TrajectoryWriter(output / LOG, header, sync_every=config.train.sync_every)
 
     with _appending(optimizer.engine, create) as append:
         yield append
@@ -166,10 +168,21 @@ def go_on(earlier: Earlier, optimizer: ZeroOrder, config: Config) -> Iterator[Ap
         reader = TrajectoryReader(earlier.path)
         for _ in reader:
             pass
+        # Of steps that the log lacks, as after a machine failed: others may follow in their place.
+        for snapshot in snapshots_in(earlier.path.with_name(SNAPSHOTS)):
+            if read_manifest(snapshot)["step"] > earlier.steps:
+                remove_snapshot(snapshot)
+        _write_config(config)
         return TrajectoryWriter.resume(reader, sync_every=config.train.sync_every)
 
     with _appending(optimizer.engine, reopen) as append:
         yield append
+
+
+def _write_config(config: Config) -> None:
+    """The config.yaml of the run's folder, with which the run goes on."""
+    going_on = dataclasses.replace(config, train=dataclasses.replace(config.train, existing="resume"))
+    (Path(config.train.output) / "config.yaml").write_text(going_on.to_yaml(), encoding="utf-8")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,9 @@ class RunLog:
         record.update({key: _finite(value) for key, value in values.items()})
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if event == "eval":
+            # Few, and a run cannot go on without the first.
+            os.fsync(self._file.fileno())
         if self._board is not None and step is not None:
             for key, value in values.items():
                 if isinstance(value, int | float):

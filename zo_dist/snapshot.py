@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from zo_dist.optimizer import ZeroOrder
-from zo_dist.params import Span
+from zo_dist.params import Param, Span
 
 _MANIFEST = "manifest.json"
 _READ = 1 << 24  # bytes at a time, of a file that is checked
@@ -40,10 +41,12 @@ def save_snapshot(optimizer: ZeroOrder, folder: str | Path, keep: int | None = N
     engine, folder = optimizer.engine, Path(folder)
     final = folder / f"step-{optimizer.step_count:08}"
     partial = folder / f".{final.name}.partial"
-    digest, holders = weights_digest(optimizer), engine.holders(optimizer.params)
+    digest, holders = weights_digest(optimizer, optimizer.params), engine.holders(optimizer.params)
     with engine.jointly():
         if engine.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            # What an earlier process was killed over.
+            for left in folder.glob(".step-*"):
+                shutil.rmtree(left)
             partial.mkdir(parents=True)
     name, size, checksum = f"rank-{engine.rank:05}.safetensors", 0, 0
     with engine.jointly():
@@ -51,11 +54,10 @@ def save_snapshot(optimizer: ZeroOrder, folder: str | Path, keep: int | None = N
         for span in engine.spans(optimizer.params):
             first = min(rank for rank, offset, _ in holders[span.name] if offset == span.offset)
             if first == engine.rank:
-                tensors[_key("weight", span)] = span.flat
+                tensors[_key("weight", span)] = _on_cpu(span.flat)
                 if span.name in optimizer.rounding.lost:
-                    tensors[_key("lost", span)] = optimizer.rounding.lost[span.name]
-        # Spans of one storage are saved as they are: safetensors wants each to own its memory.
-        save_file({key: tensor.detach().clone() for key, tensor in tensors.items()}, partial / name)
+                    tensors[_key("lost", span)] = _on_cpu(optimizer.rounding.lost[span.name])
+        save_file(tensors, partial / name)
         size, checksum = _sync_and_check(partial / name)
     files = engine.exchange([float(size), float(checksum)]).to(torch.int64).tolist()
     with engine.jointly():
@@ -64,23 +66,24 @@ def save_snapshot(optimizer: ZeroOrder, folder: str | Path, keep: int | None = N
                 "step": optimizer.step_count,
                 "files": {f"rank-{rank:05}.safetensors": file for rank, file in enumerate(files)},
                 "weights": digest,
+                "record": google_crc32c.value(optimizer.record.pack(len(optimizer.arms))),
                 "sampler": optimizer.sampler.state_dict(),
                 "skipped": [optimizer.skipped, optimizer.skipped_in_a_row],
             }
             _write_manifest(partial / _MANIFEST, manifest)
-            shutil.rmtree(final, ignore_errors=True)
+            remove_snapshot(final)
             partial.replace(final)
-            for old in snapshots_in(folder)[: -keep or None] if keep else []:
-                shutil.rmtree(old)
+            for old in snapshots_in(folder)[:-keep] if keep else []:
+                remove_snapshot(old)
     return final
 
 
 def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
     """Bring weights, sampler, counters and the rounding's state to those of the snapshot at `path`.
 
-    Every rank must call it and see the folder; each reads the pieces that it holds. Raises SnapshotError,
-    on every rank, before any weight is written, if a byte of the snapshot is not what was written, or
-    a piece is missing; DesyncError or SnapshotError if the weights that were read are not those saved.
+    Every rank must call it and see the folder; each reads the pieces that it holds. Raises ValueError on
+    every rank (SnapshotError on the one that finds it), before any weight is written, if a byte of the
+    snapshot is not what was written or a piece is missing; after it, if the weights are not those saved.
     """
     engine, path = optimizer.engine, Path(path)
     with engine.jointly():
@@ -101,14 +104,22 @@ def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
     optimizer.sampler.load_state_dict(manifest["sampler"])
     optimizer.step_count = manifest["step"]
     optimizer.skipped, optimizer.skipped_in_a_row = manifest["skipped"]
-    if weights_digest(optimizer) != manifest["weights"]:
+    if weights_digest(optimizer, optimizer.params) != manifest["weights"]:
         raise SnapshotError(f"the weights read from {path} are not those that were saved; {_remedy(path)}")
 
 
-def weights_digest(optimizer: ZeroOrder) -> str:
-    """What tells the trained weights from any others, on any engine. A collective; one pass over them."""
-    prints = sorted(optimizer.engine.fingerprints(optimizer.params).items())
+def weights_digest(optimizer: ZeroOrder, params: Sequence[Param]) -> str:
+    """What tells these weights from any others, on any engine. A collective; one pass over them."""
+    prints = sorted(optimizer.engine.fingerprints(params).items())
     return hashlib.sha256(repr(prints).encode()).hexdigest()
+
+
+def remove_snapshot(path: Path) -> None:
+    """Delete a snapshot, if it is there, so that at no moment half of it seems to be one."""
+    if path.exists():
+        hidden = path.with_name(f".{path.name}.removed")
+        path.replace(hidden)
+        shutil.rmtree(hidden)
 
 
 def snapshots_in(folder: Path) -> list[Path]:
@@ -135,6 +146,10 @@ def check_file(path: Path, expected: list[int]) -> None:
         raise SnapshotError(f"{path} is missing; {_remedy(path.parent)}")
     if path.stat().st_size != size or _checksum(path) != checksum:
         raise SnapshotError(f"{path} is damaged: it has other bytes than were saved; {_remedy(path.parent)}")
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _remedy(path: Path) -> str:

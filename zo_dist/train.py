@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,7 +101,6 @@ def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
     with engine.jointly():
         if engine.rank == 0:
             output.mkdir(parents=True, exist_ok=True)
-            (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     with (
         go_on(earlier, optimizer, config) if earlier else begin(config, optimizer, data) as append,
         RunLog(
@@ -123,7 +123,7 @@ def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
         )
         if earlier:
             (first,) = (event for event in earlier.evals("test") if event["step"] == 0)
-            before = Score(first["accuracy"], first["loss"])
+            before = Score(first["accuracy"], math.nan if first["loss"] is None else first["loss"])
         else:
             before = score(config, engine, data, data.test)
             run_log.write("eval", 0, split="test", seconds=0.0, accuracy=before.accuracy, loss=before.loss)

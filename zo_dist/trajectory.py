@@ -114,12 +114,12 @@ class TrajectoryReader:
 
     Raises TrajectoryError, with the offset in bytes, where the file is damaged, and where a step is
     missing. `end`: up to where the file was read and found whole. `torn`: bytes of a last record that
-    was cut short, known when iteration has ended. Memory: one record.
+    was cut short, known when iteration has come to the end (`finished`). Memory: one record.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.torn = 0
+        self.torn, self.finished = 0, False
         with self._opened() as file:
             if file.read(len(MAGIC)) != MAGIC:
                 raise TrajectoryError(f"{self.path} is not the trajectory of a run: it begins otherwise")
@@ -136,7 +136,8 @@ class TrajectoryReader:
         self._start = self.end
 
     def __iter__(self) -> Iterator[StepRecord]:
-        self.end, self.torn, num_arms = self._start, 0, len(self.header["arms"])
+        self.end, self.torn, self.finished = self._start, 0, False
+        num_arms = len(self.header["arms"])
         with self._opened() as file:
             file.seek(self.end)
             step = 0
@@ -153,6 +154,7 @@ class TrajectoryReader:
                     raise self._damaged(at, f"step {record.step} follows where step {step} should")
                 step += 1
                 yield record
+        self.finished = True
         if self.torn:
             log.warning(
                 "%s: the last record was cut short; its %d bytes at offset %d are left out",
@@ -187,7 +189,7 @@ class TrajectoryReader:
     def _damaged(self, offset: int, reason: str) -> TrajectoryError:
         return TrajectoryError(
             f"{self.path} is damaged at offset {offset}: {reason}. The steps before that are whole; take "
-            "the file from a copy, or go on from a checkpoint"
+            "the file from a copy"
         )
 
 
@@ -212,7 +214,12 @@ class TrajectoryWriter:
 
     @classmethod
     def resume(cls, reader: TrajectoryReader, *, sync_every: int = 1) -> TrajectoryWriter:
-        """Append to a log that was read to its end; a record that was cut short there is taken away."""
+        """Append to a log that was read to its end; a record that was cut short there is taken away.
+
+        ValueError if the reader has not come to the end: what it has not read would be lost.
+        """
+        if not reader.finished:
+            raise ValueError(f"{reader.path} has to be read to its end before it is continued")
         os.truncate(reader.path, reader.end)
         writer = cls.__new__(cls)
         writer._continue(reader.path, len(reader.header["arms"]), sync_every)
@@ -225,7 +232,7 @@ class TrajectoryWriter:
 
     def append(self, record: StepRecord) -> None:
         """Add one step. If that fails in the middle, what was written of it is taken back."""
-        data, start = _framed(record.pack(self._num_arms)), self._file.tell()
+        data, start = _framed(record.pack(self._num_arms)), os.fstat(self._file.fileno()).st_size
         try:
             written = self._file.write(data)
             if written != len(data):

@@ -269,8 +269,49 @@ def test_a_finished_run_can_be_extended_or_replaced(tmp_path: Path) -> None:
     assert left_by(run)["trajectory.zo"].startswith(first["trajectory.zo"])
     assert main(["train", str(path), "train.existing=replace", "optimizer.lr=2e-3"]) == 0
     assert len(list(TrajectoryReader(log))) == 3
+    assert load_config(run / "config.yaml").train.existing == "resume"
     settings = tiny_config(tmp_path)["optimizer"]
     assert [record.lr for record in TrajectoryReader(log)] == [2 * settings["lr"]] * 3
+
+
+def test_the_evaluation_of_the_last_step_is_made_up_for(tmp_path: Path) -> None:
+    """A process that is killed after the last step is logged and before it is evaluated."""
+    path = write_config(tmp_path, train={"steps": 7, "eval_every": 3})
+    assert main(["train", str(path)]) == 0
+    run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    events, best = read_metrics(run), left_by(run)["best/model.safetensors"]
+    lines = metrics.read_text().splitlines(keepends=True)
+    kept = [i for i, e in enumerate(events) if e["event"] != "eval" or e["step"] < 7]
+    metrics.write_text("".join(lines[i] for i in kept))
+    shutil.rmtree(run / "best")
+    assert main(["train", str(path)]) == 0
+    evals = [(e["step"], e["split"]) for e in read_metrics(run) if e["event"] == "eval"]
+    assert evals == [(e["step"], e["split"]) for e in events if e["event"] == "eval"]
+    validation = [e["loss"] for e in events if e["event"] == "eval" and e["split"] == "validation"]
+    if min(validation) == validation[-1]:
+        assert left_by(run)["best/model.safetensors"] == best
+
+
+def test_snapshots_of_steps_that_the_log_lost_are_deleted(tmp_path: Path) -> None:
+    """As a machine that fails may lose the end of the log and keep what was written after it."""
+    path = write_config(
+        tmp_path, train={"steps": 6, "snapshot_every": 2, "eval_every": 0, "keep_snapshots": 3}
+    )
+    assert main(["train", str(path)]) == 0
+    run = tmp_path / "run"
+    reader = TrajectoryReader(run / "trajectory.zo")
+    ends = [reader.end for _ in reader]
+    os.truncate(reader.path, ends[2])
+    assert main(["train", str(path), "train.steps=3"]) == 0
+    assert [snapshot.name for snapshot in (run / "snapshots").iterdir()] == ["step-00000002"]
+
+
+def test_a_run_whose_time_is_up_takes_no_further_step(tmp_path: Path) -> None:
+    path = write_config(tmp_path, train={"steps": 10_000, "max_seconds": 0.3, "eval_every": 0})
+    assert main(["train", str(path)]) == 0
+    steps = len(list(TrajectoryReader(tmp_path / "run" / "trajectory.zo")))
+    assert main(["train", str(path)]) == 0
+    assert len(list(TrajectoryReader(tmp_path / "run" / "trajectory.zo"))) == steps
 
 
 def train_with_a_bit_that_flips(path: Path, overrides: list[str], odd: int, at: int) -> None:
@@ -293,6 +334,7 @@ def test_a_copy_that_changes_during_a_run_is_named(
     whole: tuple[Path, float], pool: Callable[[int], Pool], tmp_path: Path
 ) -> None:
     overrides = ["engine.kind=replicated", "train.verify_every=4", f"train.output={tmp_path / 'run'}"]
+    overrides.append("train.snapshot_every=0")  # which compares copies too
     for error in pool(3).errors(
         train_with_a_bit_that_flips, whole[0] / "config.yaml", overrides, 1, 5, timeout=100
     ):
