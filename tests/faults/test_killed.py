@@ -48,9 +48,11 @@ def train(path: Path, overrides: list[str]) -> dict[str, Any]:
 def left_by(run: Path) -> dict[str, bytes]:
     """The bytes of what a run ends with; of the log those after its header, which names the folder."""
     files = ("trajectory.zo", "last/model.safetensors", "best/model.safetensors")
-    left = {name: (run / name).read_bytes() for name in files}
-    left["trajectory.zo"] = left["trajectory.zo"][TrajectoryReader(run / "trajectory.zo").end :]
-    return left
+    return {name: (run / name).read_bytes() for name in files[1:]} | {files[0]: left_by_log(run / files[0])}
+
+
+def left_by_log(path: Path) -> bytes:
+    return path.read_bytes()[TrajectoryReader(path).end :]
 
 
 def replayed(folder: Path, run: Path) -> bytes:
@@ -128,10 +130,10 @@ def test_a_run_that_moves_between_engines_is_what_its_log_says(
     assert [record.lr for record in records][5:] == [record.lr for record in expected][5:]
 
 
-def started(path: Path, run: Path, ranks: int = 1, *more: str) -> subprocess.Popen[str]:
+def started(path: Path, run: Path, ranks: int = 1) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "zo_dist"]
     if ranks > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *more]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "zo_dist"]
     command += ["train", str(path), f"train.output={run}"]
     return subprocess.Popen(
@@ -177,24 +179,12 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(
+def test_the_others_stop_when_a_rank_dies_and_the_command_goes_on(
     whole: tuple[Path, float], tmp_path: Path
 ) -> None:
     folder, run = whole[0], tmp_path / "run"
-    process = started(folder / "config.yaml", run, 2, "--max-restarts", "2")
+    process = started(folder / "config.yaml", run, 2)
     wait_for_steps(process, run, 3)
-    os.kill(ranks_of(process)[-1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors[-3000:]
-    assert left_by(run)["last/model.safetensors"] == left_by(folder / "run")["last/model.safetensors"]
-    assert next(e["done"] for e in read_metrics(run) if e["event"] == "run") == 0
-    assert len([e for e in read_metrics(run) if e["event"] == "run"]) == 2
-
-
-@pytest.mark.slow
-def test_the_others_stop_when_a_rank_dies(whole: tuple[Path, float], tmp_path: Path) -> None:
-    process = started(whole[0] / "config.yaml", tmp_path / "run", 2)
-    wait_for_steps(process, tmp_path / "run", 3)
     start = time.monotonic()
     os.kill(ranks_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
@@ -203,6 +193,25 @@ def test_the_others_stop_when_a_rank_dies(whole: tuple[Path, float], tmp_path: P
     assert process.returncode != 0
     assert "rank      : 0" in errors
     assert "SIGKILL" in errors
+    process = started(folder / "config.yaml", run, 2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+    assert left_by(run) == left_by(folder / "run")
+    assert [e["done"] >= 3 for e in read_metrics(run) if e["event"] == "run"] == [False, True]
+
+
+def test_a_restart_by_a_launcher_goes_on_with_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun counts its restarts in the environment; `replace` is for the first start."""
+    path = write_config(tmp_path, train={"existing": "replace", "eval_every": 0})
+    log = tmp_path / "run" / "trajectory.zo"
+    assert main(["train", str(path)]) == 0
+    before = left_by_log(log)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["train", str(path), "train.steps=5"]) == 0
+    assert left_by_log(log).startswith(before)
+    assert len(list(TrajectoryReader(log))) == 5
 
 
 # What is wrong in a folder is said before anything is written.
