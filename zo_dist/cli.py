@@ -73,6 +73,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     check = commands.add_parser("check", help="read a run's folder and say whether all of it is whole")
     check.add_argument("run", help="the folder of a run")
+    check.set_defaults(overrides=[])
     for command in (train, evaluate, replay):
         command.add_argument(
             "--deepspeed", metavar="DS_JSON", help="short for engine.kind=deepspeed engine.deepspeed=DS_JSON"
@@ -81,9 +82,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
     args, rest = parser.parse_known_args(argv)
     # argparse does not take up positional arguments again after an option.
-    args.overrides = getattr(args, "overrides", []) + [
-        arg for arg in rest if not arg.startswith("-") and "=" in arg
-    ]
+    args.overrides += [arg for arg in rest if not arg.startswith("-") and "=" in arg]
     wrong = [arg for arg in rest if arg not in args.overrides]
     if wrong:
         parser.error(f"unrecognised: {' '.join(wrong)}")

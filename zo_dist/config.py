@@ -239,8 +239,7 @@ class TrainConfig:
     verify_every: int = 100
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "rows", "eval_rows", "eval_micro_rows", "log_every")
-        _at_least(self, 1, "keep_snapshots")
+        _at_least(self, 1, "steps", "rows", "eval_rows", "eval_micro_rows", "log_every", "keep_snapshots")
         _at_least(self, 0, "warmup_steps", "eval_every", "sync_every", "snapshot_every", "verify_every")
         if self.micro_rows is not None:
             _at_least(self, 1, "micro_rows")

@@ -56,10 +56,10 @@ class Interrupted(RuntimeError):
 class Earlier:
     """What an earlier process did of this run.
 
-    `steps` in the log at `path`, the metrics of those steps, and the last snapshot among them.
+    Its log, read to the end; how many steps are in it, their metrics, and the last snapshot among them.
     """
 
-    path: Path
+    reader: TrajectoryReader
     steps: int
     events: list[dict[str, Any]]
     snapshot: Path | None
@@ -96,7 +96,7 @@ def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> E
                 known = [e for e in known if e["event"] != "eval" or e["step"] == 0 or e["split"] != "test"]
                 if not any(e["event"] == "eval" and e["step"] == 0 for e in known):
                     raise ValueError(f"{path.parent / METRICS} lacks the start of the run; {_REMEDY}")
-                earlier = Earlier(path, steps, known, _last_snapshot(path.parent, steps))
+                earlier = Earlier(reader, steps, known, _last_snapshot(path.parent, steps))
     seen = (earlier.steps, earlier.snapshot) if earlier else (0, None)
     ranks.require_equal("what train.output holds", {"steps and snapshot": seen})
     return earlier
@@ -159,21 +159,19 @@ def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Appen
 @contextmanager
 def go_on(earlier: Earlier, optimizer: ZeroOrder, config: Config) -> Iterator[Append]:
     """Weights and state as after the steps of the log, and what appends to it. Every rank must call it."""
-    log.info("%s holds %d steps; the run goes on after them", earlier.path, earlier.steps)
+    path = earlier.reader.path
+    log.info("%s holds %d steps; the run goes on after them", path, earlier.steps)
     start = time.perf_counter()
-    replay(optimizer, earlier.path, earlier.steps, earlier.snapshot)
+    replay(optimizer, path, earlier.steps, earlier.snapshot)
     log.info("replayed from %s in %.1f s", earlier.snapshot or "the start", time.perf_counter() - start)
 
     def reopen() -> TrajectoryWriter:
-        reader = TrajectoryReader(earlier.path)
-        for _ in reader:
-            pass
         # Of steps that the log lacks, as after a machine failed: others may follow in their place.
-        for snapshot in snapshots_in(earlier.path.with_name(SNAPSHOTS)):
+        for snapshot in snapshots_in(path.with_name(SNAPSHOTS)):
             if read_manifest(snapshot)["step"] > earlier.steps:
                 remove_snapshot(snapshot)
         _write_config(config)
-        return TrajectoryWriter.resume(reader, sync_every=config.train.sync_every)
+        return TrajectoryWriter.resume(earlier.reader, sync_every=config.train.sync_every)
 
     with _appending(optimizer.engine, reopen) as append:
         yield append
