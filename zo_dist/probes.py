@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from zo_dist.engines import Engine
 from zo_dist.params import Param
-from zo_dist.perturb import ModulePerturbation, Probe, ShardPerturbation
+from zo_dist.parts import Probe
+from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 
 Batch = Mapping[str, Any]
 # One loss per row, or the pair (sums per row, weights per row) for means over tokens.

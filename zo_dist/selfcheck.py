@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from zo_dist.engines import Engine
 from zo_dist.noise import Noise
 from zo_dist.params import Arm, Owner, Param, Span
-from zo_dist.perturb import ModulePerturbation, Probe, ShardPerturbation
+from zo_dist.parts import Probe
+from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 
 # Far above any eps, so that a loss that does not move shows a missing wire, not a small slope; and
 # several, because a 16-bit model's loss has few values and may be the same one by chance.
