@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import zo_dist
-from zo_dist import kernels, native, rules
+from zo_dist import kernels, native, update
 from zo_dist.noise import Noise
 from zo_dist.params import Param, Span
-from zo_dist.rules import SGD, Rounding16, update_span
+from zo_dist.rounding import Rounding16
+from zo_dist.rules import SGD
+from zo_dist.update import update_span
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -80,7 +82,7 @@ def span_of(value: float, size: int, dtype: torch.dtype, name: str = "w") -> tup
 
 
 def write(span: Span, param: Param, rounding: Rounding16, step: int, coef: float, lr: float) -> None:
-    update_span(span, param, [(0, coef)], SGD(), rounding, rounding.noise, step, lr)
+    update_span(span, param, [(0, coef)], SGD(), rounding, rounding.noise, step, lr, 1)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -170,7 +172,7 @@ def test_chunks_and_spans_leave_no_trace(
     start = torch.linspace(-1, 1, size).to(kind)
     results = []
     for chunk, edges in ((1 << 19, (0, size)), (64, (0, size)), (96, (0, 3, 130, 131, 777, size))):
-        monkeypatch.setattr(rules, "_CHUNK", chunk)
+        monkeypatch.setattr(update, "_CHUNK", chunk)
         flat = start.clone()
         noise = Noise(law, 3)  # type: ignore[arg-type]
         for a, b in itertools.pairwise(edges):
@@ -179,7 +181,7 @@ def test_chunks_and_spans_leave_no_trace(
             param = Param("w", nn.Parameter(start), torch.Size((size, 1)), ())
             for step in range(4):
                 terms = [(0, 0.3), (2, -1.7)]
-                update_span(span, param, terms, SGD(0.01), writes, noise, step, 0.05)
+                update_span(span, param, terms, SGD(0.01), writes, noise, step, 0.05, 1)
         results.append(flat)
     assert not torch.equal(results[0], start)
     assert torch.equal(results[0], results[1])
@@ -215,7 +217,7 @@ def updates_agree(forms: tuple[str, ...], rounding: str, dtype: torch.dtype, law
                 param = Param("w", nn.Parameter(flat), torch.Size(shape), ())
                 for step, directions in enumerate((1, 1, 4, 6)):
                     terms = [(d, 0.3 * step - d) for d in range(directions)]
-                    update_span(span, param, terms, SGD(0.01), writes, noise, step, 0.05)
+                    update_span(span, param, terms, SGD(0.01), writes, noise, step, 0.05, 1)
                 left += [flat, *writes.lost.values()]
         results.append(left)
     for other in results[1:]:

@@ -189,9 +189,8 @@ def test_a_direction_takes_less_than_64_bytes(sampler: str) -> None:
 
 def make(**options: Any) -> zo_dist.ZeroOrder:
     dtype = table.dtype_of(options.pop("dtype", "float32"))
-    return table.optimizer(
-        build("sequential", dtype), self_check=False, rule=zo_dist.SGD(weight_decay=0.01), lr=0.03, **options
-    )
+    options = {"weight_decay": 0.01, "lr": 0.03, **options}
+    return table.optimizer(build("sequential", dtype), self_check=False, **options)
 
 
 def nan_in_step(number: int) -> Any:
@@ -212,15 +211,21 @@ def run_and_log(path: Path, steps: int, **options: Any) -> zo_dist.ZeroOrder:
 
 
 COMBINATIONS = table.all_pairs(
-    table.WRITES, tuple(table.SAMPLERS), tuple(table.ESTIMATORS), table.LAWS, table.DIRECTIONS[:3]
+    table.WRITES,
+    tuple(table.RULES),
+    tuple(table.COEFFICIENTS),
+    tuple(table.SAMPLERS),
+    tuple(table.ESTIMATORS),
+    table.LAWS,
+    table.DIRECTIONS[:3],
 )
 
 
 @pytest.mark.parametrize("row", COMBINATIONS, ids=str)
 def test_replay_gives_the_weights_and_the_state_of_the_run(tmp_path: Path, row: tuple[Any, ...]) -> None:
-    (dtype, rounding), sampler, estimator, law, directions = row
+    (dtype, rounding), rule, coefficients, sampler, estimator, law, directions = row
     options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "sampler": sampler, "noise": law}
-    options.update(estimator=estimator, directions=directions)
+    options.update(estimator=estimator, directions=directions, rule=rule, coefficients=coefficients)
     ran = run_and_log(tmp_path / "log", 20, **options)
     assert ran.skipped == 1
     again = make(**options)

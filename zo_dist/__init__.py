@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from zo_dist.coefficients import Clip, Raw, RootMeanSquare, SignOnly, Standardise
 from zo_dist.engines import DesyncError
 from zo_dist.estimators import OneSided, TwoSided
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
-from zo_dist.rules import SGD
+from zo_dist.rules import SGD, Adam, Momentum, Sign
 from zo_dist.samplers import AdaLeZO, Dense, Uniform
 from zo_dist.selfcheck import SelfCheckError
 from zo_dist.tasks.scoring import causal_lm_loss, choice_loss
@@ -16,11 +17,19 @@ __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "AdaLeZO",
+    "Adam",
+    "Clip",
     "Dense",
     "DesyncError",
+    "Momentum",
     "NonFiniteLossError",
     "OneSided",
+    "Raw",
+    "RootMeanSquare",
     "SelfCheckError",
+    "Sign",
+    "SignOnly",
+    "Standardise",
     "StepRecord",
     "TrajectoryError",
     "TrajectoryReader",
