@@ -105,7 +105,8 @@ def all_pairs(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
     """A ZeroOrder whose sampler, estimator, coefficients and rule are given by their names here."""
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
-    options["estimator"] = ESTIMATORS[options.get("estimator", "two_sided")]()
+    if isinstance(options.get("estimator", "two_sided"), str):
+        options["estimator"] = ESTIMATORS[options.get("estimator", "two_sided")]()
     coefficients = options.get("coefficients", "raw")
     single = options.get("directions", 1) == 1
     options["coefficients"] = COEFFICIENTS["raw" if single and coefficients in NEED_TWO else coefficients]()
