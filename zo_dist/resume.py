@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
@@ -15,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import zo_dist
 from zo_dist.config import Config, flatten
@@ -30,7 +31,7 @@ from zo_dist.trajectory import StepRecord, TrajectoryReader, TrajectoryWriter
 
 log = logging.getLogger(__name__)
 
-LOG, SNAPSHOTS = "trajectory.zo", "snapshots"
+LOG, SNAPSHOTS, _LOCK = "trajectory.zo", "snapshots", ".lock"
 
 Append = Callable[[StepRecord], None]
 
@@ -71,6 +72,34 @@ class Earlier:
 
     def evals(self, split: str) -> list[dict[str, Any]]:
         return [e for e in self.events if e["event"] == "eval" and e["split"] == split]
+
+
+@contextmanager
+def sole_use(output: Path, ranks: Engine) -> Iterator[None]:
+    """Make the run's folder; inside, no other run can use it. Every rank must enter.
+
+    ValueError on every rank if another run does. The lock is rank 0's and ends with its process, however
+    that ends; where the file system has no locks, a warning says so.
+    """
+    with ExitStack() as stack:
+        with ranks.jointly():
+            if ranks.rank == 0:
+                output.mkdir(parents=True, exist_ok=True)
+                # It stays: a lock on a file that another process deletes is no lock.
+                _lock(stack.enter_context((output / _LOCK).open("ab")), output)
+        yield
+
+
+def _lock(file: BinaryIO, output: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run is using train.output={output}: wait until it ends, or set train.output to "
+            "another folder"
+        ) from None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s): let no other run use it", output, error.strerror)
 
 
 def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> Earlier | None:

@@ -25,7 +25,7 @@ from zo_dist.models import load_model, load_tokenizer, longest_input
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.replay import replay
 from zo_dist.report import plot_run
-from zo_dist.resume import begin, find_earlier, go_on
+from zo_dist.resume import begin, find_earlier, go_on, sole_use
 from zo_dist.runlog import RunLog
 
 T = TypeVar("T")
@@ -94,13 +94,15 @@ def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
     start-up check, and without the test before and after. Raises Interrupted after SIGTERM or SIGINT.
     """
     prepared = prepare(config, ranks)
+    with sole_use(Path(config.train.output), ranks):
+        return _run(config, ranks, prepared)
+
+
+def _run(config: Config, ranks: Engine, prepared: Prepared) -> dict[str, Any]:
     earlier = find_earlier(config, prepared.data.train, ranks)
     optimizer = build_optimizer(config, prepared.model)
     engine, data, output = optimizer.engine, prepared.data, Path(config.train.output)
     done = earlier.steps if earlier else 0
-    with engine.jointly():
-        if engine.rank == 0:
-            output.mkdir(parents=True, exist_ok=True)
     with (
         go_on(earlier, optimizer, config) if earlier else begin(config, optimizer, data) as append,
         RunLog(

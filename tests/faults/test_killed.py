@@ -214,6 +214,26 @@ def test_a_restart_by_a_launcher_goes_on_with_its_run(
     assert len(list(TrajectoryReader(log))) == 5
 
 
+def test_a_folder_is_used_by_one_run_at_a_time(
+    tmp_path: Path, pool: Callable[[int], Pool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    path = write_config(tmp_path, train={"steps": 100_000, "eval_every": 0, "snapshot_every": 0})
+    process = started(path, run)
+    try:
+        wait_for_steps(process, run, 3)
+        for existing in ("resume", "replace"):
+            assert main(["train", str(path), f"train.existing={existing}", "train.steps=1"]) == 2
+            assert f"another run is using train.output={run}: wait until" in capsys.readouterr().err
+        for error in pool(2).errors(train, path, ["train.steps=1"]):
+            assert "another run is using train.output" in error
+        wait_for_steps(process, run, len(read_metrics(run)) + 3)  # it was not disturbed
+    finally:
+        process.kill()
+        process.communicate()
+    assert main(["train", str(path), "train.steps=1"]) == 0
+
+
 # What is wrong in a folder is said before anything is written.
 
 
