@@ -5,9 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import table
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from injected import files_no_longer_than
 from models import build, loss_of, rows_for
 from reference import Reference
 from tiny_run import launch, result_of, write_config, write_model
@@ -135,17 +133,6 @@ def test_files_that_are_no_log_are_refused(tmp_path: Path) -> None:
     TrajectoryWriter(tmp_path / "log", {"arms": [], "version": 7}).close()
     with pytest.raises(TrajectoryError, match="version 7"):
         TrajectoryReader(tmp_path / "log")
-
-
-@contextmanager
-def files_no_longer_than(size: int) -> Iterator[None]:
-    """The kernel refuses to let any file of this process grow further: as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_takes_no_part_of_a_record(tmp_path: Path) -> None:

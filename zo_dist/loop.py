@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import signal
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from zo_dist.engines import Engine
 from zo_dist.evaluate import Score, evaluate
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.probes import RowLoss
-from zo_dist.resume import SNAPSHOTS, Append, Earlier, Interrupted, stop_requests
+from zo_dist.resume import SNAPSHOTS, Append, Earlier, StopRequests
 from zo_dist.runlog import RunLog
 from zo_dist.schedule import make_scheduler
 from zo_dist.snapshot import save_snapshot
@@ -58,12 +57,16 @@ class Loop:
         tokenizer: PreTrainedTokenizerBase,
         run_log: RunLog,
         append: Append,
+        stop: StopRequests,
         earlier: Earlier | None,
     ) -> None:
         self._config, self._optimizer, self._data, self._tokenizer = config, optimizer, data, tokenizer
-        self._log, self._append = run_log, append
+        self._log, self._append, self._stop = run_log, append, stop
         evals = earlier.evals("validation") if earlier else []
-        self._best = min((e["loss"] for e in evals if e["loss"] is not None), default=math.inf)
+        # The loss of other rows is no measure for these.
+        rows = len(data.validation[: config.train.eval_rows])
+        losses = [e["loss"] for e in evals if e["loss"] is not None and e["rows"] == rows]
+        self._best = min(losses, default=math.inf)
         self._evaluated = {e["step"] for e in evals}
         self._seconds_before = earlier.seconds if earlier else 0.0
         self._batches = build_batches(config, data, optimizer.engine)
@@ -79,30 +82,29 @@ class Loop:
         optimizer.prepare(self._batches[done][0], row_loss)
         self._start = time.perf_counter()
         over = done >= settings.steps or self._is_over(self._seconds_before)
-        with stop_requests() as stop_request:
-            # An earlier process may have been stopped between a step and its evaluation.
-            if done and self._evaluates(done, over) and done not in self._evaluated:
-                self._validate(done)
-            for step in range(done + 1, done if over else settings.steps + 1):
-                lr = optimizer.param_groups[0]["lr"]
-                loss = optimizer.step_batch(self._batches[step - 1], row_loss)
+        # An earlier process may have been stopped between a step and its evaluation.
+        if done and self._evaluates(done, over) and done not in self._evaluated:
+            self._validate(done)
+        for step in range(done + 1, done if over else settings.steps + 1):
+            lr = optimizer.param_groups[0]["lr"]
+            loss = optimizer.step_batch(self._batches[step - 1], row_loss)
+            scheduler.step()
+            last, requested = self._ends(step)
+            with engine.jointly():
                 self._append(optimizer.record)
-                scheduler.step()
-                last, requested = self._ends(step, stop_request())
                 if step % settings.log_every == 0 or last or requested:
                     self._write_step(step, loss, lr)
-                if requested:
-                    raise self._interrupted(step, requested)
-                if self._evaluates(step, last):
-                    accuracy = f"{self._validate(step).accuracy:.4f}"
-                if engine.has_copies and settings.verify_every and step % settings.verify_every == 0:
-                    engine.fingerprints(optimizer.params)
-                if settings.snapshot_every and step % settings.snapshot_every == 0:
-                    folder = Path(settings.output) / SNAPSHOTS
-                    save_snapshot(optimizer, folder, settings.keep_snapshots)
-                self._log.advance(loss=f"{loss:.4f}", validation=accuracy)
-                if last:
-                    break
+            self._stop.end(step, requested)
+            if self._evaluates(step, last):
+                accuracy = f"{self._validate(step).accuracy:.4f}"
+            if engine.has_copies and settings.verify_every and step % settings.verify_every == 0:
+                engine.fingerprints(optimizer.params)
+            if settings.snapshot_every and step % settings.snapshot_every == 0:
+                folder = Path(settings.output) / SNAPSHOTS
+                save_snapshot(optimizer, folder, settings.keep_snapshots)
+            self._log.advance(loss=f"{loss:.4f}", validation=accuracy)
+            if last:
+                break
         return self._seconds()
 
     def _seconds(self) -> float:
@@ -112,9 +114,9 @@ class Loop:
         every = self._config.train.eval_every
         return bool(every) and (last or step % every == 0)
 
-    def _ends(self, step: int, stop_request: int) -> tuple[bool, int]:
+    def _ends(self, step: int) -> tuple[bool, int]:
         """Does training end with this step, and what signal was any rank sent? The same on every rank."""
-        everyone = self._optimizer.engine.exchange([self._seconds(), float(stop_request)])
+        everyone = self._optimizer.engine.exchange([self._seconds(), float(self._stop.seen)])
         # By the clock of rank 0: ranks must agree.
         last = step == self._config.train.steps or self._is_over(float(everyone[0, 0]))
         return last, int(everyone[:, 1].max())
@@ -122,13 +124,6 @@ class Loop:
     def _is_over(self, seconds: float) -> bool:
         limit = self._config.train.max_seconds
         return limit is not None and seconds >= limit
-
-    def _interrupted(self, step: int, number: int) -> Interrupted:
-        how = " with train.existing=resume" if self._config.train.existing != "resume" else ""
-        name = signal.Signals(number).name
-        return Interrupted(
-            f"stopped by {name} after step {step}; the same command{how} goes on after it", number
-        )
 
     def _write_step(self, step: int, loss: float, lr: float) -> None:
         optimizer = self._optimizer
@@ -150,17 +145,13 @@ class Loop:
 
     def _validate(self, step: int) -> Score:
         data, engine = self._data, self._optimizer.engine
-        result = score(self._config, engine, data, data.validation[: self._config.train.eval_rows])
-        # First the weights: a process that is killed here evaluates again.
+        rows = data.validation[: self._config.train.eval_rows]
+        result = score(self._config, engine, data, rows)
+        # First the weights: a process that is killed or stopped here evaluates again.
         if self._config.train.save_best and result.loss < self._best:
+            self._stop.heed(step)
             self._best = result.loss
             save_model(engine, Path(self._config.train.output) / "best", self._tokenizer)
-        self._log.write(
-            "eval",
-            step,
-            split="validation",
-            seconds=self._seconds(),
-            accuracy=result.accuracy,
-            loss=result.loss,
-        )
+        with engine.jointly():
+            self._log.write_score("validation", result, len(rows), step, self._seconds())
         return result

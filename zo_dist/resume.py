@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, BinaryIO
 
 import zo_dist
@@ -167,7 +167,7 @@ def digest_of_rows(rows: Sequence[EncodedRow]) -> str:
 
 @contextmanager
 def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Append]:
-    """A new log in the run's folder, and what appends to it. Every rank must call it."""
+    """A new log in the run's folder, and what appends to it, on rank 0. Every rank must enter."""
     header = {**identity(optimizer), "config": dataclasses.asdict(config)}
     header.update(data=digest_of_rows(data.train), zo_dist=zo_dist.__version__)
 
@@ -187,7 +187,7 @@ def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Appen
 
 @contextmanager
 def go_on(earlier: Earlier, optimizer: ZeroOrder, config: Config) -> Iterator[Append]:
-    """Weights and state as after the steps of the log, and what appends to it. Every rank must call it."""
+    """Weights and state as after the steps of the log, and what appends on rank 0. Every rank must enter."""
     path = earlier.reader.path
     log.info("%s holds %d steps; the run goes on after them", path, earlier.steps)
     start = time.perf_counter()
@@ -214,17 +214,12 @@ def _write_config(config: Config) -> None:
 
 @contextmanager
 def _appending(engine: Engine, open_log: Callable[[], TrajectoryWriter]) -> Iterator[Append]:
-    """What appends a step to the log, which rank 0 writes; if that fails, every rank learns it."""
+    """What appends a step to the log, on rank 0; on the others it does nothing."""
     with ExitStack() as stack:
+        append: Append = lambda record: None  # noqa: E731
         with engine.jointly():
             if engine.rank == 0:
-                writer = stack.enter_context(open_log())
-
-        def append(record: StepRecord) -> None:
-            with engine.jointly():
-                if engine.rank == 0:
-                    writer.append(record)
-
+                append = stack.enter_context(open_log()).append
         yield append
 
 
@@ -244,18 +239,39 @@ def check_run(output: Path) -> dict[str, Any]:
     return found | {"snapshots": [path.name for path in snapshots]}
 
 
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], int]]:
-    """Inside, SIGTERM and SIGINT are noted and otherwise ignored; yields what returns the last, or 0."""
-    seen = 0
+class StopRequests:
+    """SIGTERM and SIGINT: inside a `with` the first of each is noted, and the run ends where it next asks.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        seen = number
+    A second one does what it does without this.
+    """
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: seen
-    finally:
-        for number, handler in before.items():
+    def __init__(self, config: Config, ranks: Engine) -> None:
+        self._ranks, self.seen = ranks, 0
+        self._how = " with train.existing=resume" if config.train.existing != "resume" else ""
+
+    def __enter__(self) -> StopRequests:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) or signal.SIG_DFL for number in numbers}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.seen = number
+        signal.signal(number, self._before[signal.Signals(number)])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def heed(self, step: int) -> None:
+        """End the run here, after `step`, if any rank was sent a signal. A collective."""
+        self.end(step, int(self._ranks.exchange([float(self.seen)]).max()))
+
+    def end(self, step: int, number: int) -> None:
+        """Raise Interrupted if `number`, the same on every rank, is that of a signal and not 0."""
+        if number:
+            name = signal.Signals(number).name
+            raise Interrupted(
+                f"stopped by {name} after step {step}; the same command{self._how} goes on after it", number
+            )

@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO
 import google_crc32c
 import torch
 
+from zo_dist.files import append_whole, naming
 from zo_dist.samplers import Draw
 
 MAGIC, VERSION = b"zo_dist\n", 2
@@ -237,21 +239,15 @@ class TrajectoryWriter:
     def _continue(self, path: Path, num_arms: int, sync_every: int) -> None:
         self.path, self._num_arms, self._sync_every, self._unsynced = path, num_arms, sync_every, 0
         # Unbuffered: a record is one write, and is with the system when `append` returns.
-        self._file = path.open("ab", buffering=0)
+        self._file = FileIO(path, "ab")
 
     def append(self, record: StepRecord) -> None:
         """Add one step. If that fails in the middle, what was written of it is taken back."""
-        data, start = _framed(record.pack(self._num_arms)), os.fstat(self._file.fileno()).st_size
-        try:
-            written = self._file.write(data)
-            if written != len(data):
-                raise OSError(f"{self.path}: only {written} of {len(data)} bytes could be written")
-        except OSError:
-            self._file.truncate(start)
-            raise
+        append_whole(self._file, _framed(record.pack(self._num_arms)))
         self._unsynced += 1
         if self._sync_every and self._unsynced >= self._sync_every:
-            os.fsync(self._file.fileno())
+            with naming(self.path):
+                os.fsync(self._file.fileno())
             self._unsynced = 0
 
     def close(self) -> None:
