@@ -13,7 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from zo_dist.checkpoint import save_model
+from zo_dist.cli import main
 from zo_dist.engines import select
+from zo_dist.resume import check_run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -53,6 +55,32 @@ def test_two_ranks_save_untouched_weights_bit_for_bit(tmp_path: Path, tied: bool
     moved = {name for name, weight in saved.items() if not torch.equal(weight, expected[name])}
     assert moved
     assert all("layers.2." in name for name in moved)
+
+
+def test_any_byte_of_a_saved_model_that_is_changed_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, train={"steps": 2, "eval_every": 1})
+    assert main(["train", str(path)]) == 0
+    assert main(["check", str(tmp_path / "run")]) == 0
+    assert '"models": ["best", "last"]' in capsys.readouterr().out
+    last = tmp_path / "run" / "last"
+    assert main(["check", str(last)]) == 0
+    names, checked = sorted(file.name for file in last.iterdir()), 0
+    assert {"model.safetensors", "config.json", "tokenizer.json", "checksums.json"} <= set(names)
+    for name in names:
+        whole = (last / name).read_bytes()
+        for at in range(0, len(whole), max(1, len(whole) // 200)):
+            (last / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            with pytest.raises(ValueError, match=f"{name} is damaged.*; delete .*: zo-dist export"):
+                check_run(tmp_path / "run")
+            checked += 1
+        (last / name).unlink()
+        with pytest.raises(ValueError, match=f"{name} (is missing|cannot be read)"):
+            check_run(tmp_path / "run")
+        (last / name).write_bytes(whole)
+    assert checked > 800
+    assert main(["check", str(tmp_path / "run")]) == 0
 
 
 def test_an_old_save_is_replaced_whole(tmp_path: Path) -> None:

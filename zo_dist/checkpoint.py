@@ -1,4 +1,4 @@
-"""Save the weights of a sharded model as the files that `from_pretrained` loads."""
+"""Save the weights of a sharded model as the files that `from_pretrained` loads, and their checksums."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zo_dist.engines import Engine
+from zo_dist.files import fault_of, read_checked, sync_and_check, write_checked
 from zo_dist.params import Owner, Param, canonical_name
+
+CHECKSUMS = "checksums.json"
 
 
 def save_model(engine: Engine, path: str | Path, tokenizer: Any = None) -> None:
@@ -20,7 +23,8 @@ def save_model(engine: Engine, path: str | Path, tokenizer: Any = None) -> None:
 
     A model with `save_pretrained` (transformers; PEFT, which saves its adapter alone) is saved by
     it; any other module as `model.safetensors`. Weights keep their dtype and bits; frozen weights
-    and persistent buffers are included. The folder appears, complete, by a rename. Each weight is
+    and persistent buffers are included. The folder appears, complete, by a rename, with the size and CRC-32C
+    of each file in `checksums.json`. Each weight is
     gathered by itself and copied by rank 0, whose CPU memory must hold the model. Raises on every
     rank if the write fails.
     """
@@ -28,6 +32,25 @@ def save_model(engine: Engine, path: str | Path, tokenizer: Any = None) -> None:
     with engine.jointly():
         if engine.rank == 0:
             _write(engine.module, state, Path(path), tokenizer)
+
+
+def check_model(path: Path) -> list[str]:
+    """Read every file that `save_model` wrote; returns their names. ValueError if one is not as it was."""
+    try:
+        files = read_checked(path / CHECKSUMS)
+    except OSError as error:
+        raise ValueError(f"{path / CHECKSUMS} cannot be read: {error.strerror}; {_remedy(path)}") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; {_remedy(path)}") from error
+    for name, expected in files.items():
+        fault = fault_of(path / name, expected)
+        if fault:
+            raise ValueError(f"{path / name} {fault}; {_remedy(path)}")
+    return list(files)
+
+
+def _remedy(path: Path) -> str:
+    return f"delete {path}: zo-dist export rebuilds a run's model, after any step, from its log"
 
 
 @torch.no_grad()
@@ -76,6 +99,9 @@ def _write(module: nn.Module, state: dict[str, Tensor], path: Path, tokenizer: A
         save_file(unique, partial / "model.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
+    write_checked(
+        partial / CHECKSUMS, {file.name: sync_and_check(file) for file in sorted(partial.iterdir())}
+    )
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)

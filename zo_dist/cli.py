@@ -72,7 +72,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--step", type=int, metavar="N", help="stop after N steps; default: all that are logged"
     )
     check = commands.add_parser("check", help="read a run's folder and say whether all of it is whole")
-    check.add_argument("run", help="the folder of a run")
+    check.add_argument("run", help="the folder of a run, or of a saved model")
     check.set_defaults(overrides=[])
     for command in (train, evaluate, replay):
         command.add_argument(

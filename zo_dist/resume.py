@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any, BinaryIO
 
 import zo_dist
+from zo_dist.checkpoint import CHECKSUMS, check_model
 from zo_dist.config import Config, flatten
 from zo_dist.data import RunData
 from zo_dist.engines import Engine
@@ -32,6 +33,7 @@ from zo_dist.trajectory import StepRecord, TrajectoryReader, TrajectoryWriter
 log = logging.getLogger(__name__)
 
 LOG, SNAPSHOTS, _LOCK = "trajectory.zo", "snapshots", ".lock"
+MODELS = ("best", "last")
 
 Append = Callable[[StepRecord], None]
 
@@ -174,7 +176,7 @@ def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Appen
     def create() -> TrajectoryWriter:
         output = Path(config.train.output)
         # Of a run that is replaced: nothing of it is to be taken for the new one's.
-        for folder in (SNAPSHOTS, "best", "last", "tensorboard"):
+        for folder in (SNAPSHOTS, *MODELS, "tensorboard"):
             shutil.rmtree(output / folder, ignore_errors=True)
         for file in ("result.json", "run.png"):
             (output / file).unlink(missing_ok=True)
@@ -226,8 +228,11 @@ def _appending(engine: Engine, open_log: Callable[[], TrajectoryWriter]) -> Iter
 def check_run(output: Path) -> dict[str, Any]:
     """What a run's folder holds; ValueError, naming the file, if any of it is damaged.
 
-    Reads the log, the metrics and every byte of the snapshots. Saved models carry no checksum.
+    Reads the log, the metrics, and every byte of the snapshots and the saved models. The folder of a saved
+    model alone is read too.
     """
+    if (output / CHECKSUMS).exists():
+        return {"files": check_model(output)}
     reader = TrajectoryReader(output / LOG)
     steps = sum(1 for _ in reader)
     events = read_metrics(output)
@@ -235,8 +240,11 @@ def check_run(output: Path) -> dict[str, Any]:
     for snapshot in snapshots:
         for name, expected in read_manifest(snapshot)["files"].items():
             check_file(snapshot / name, expected)
+    models = [name for name in MODELS if (output / name).exists()]
+    for name in models:
+        check_model(output / name)
     found: dict[str, Any] = {"steps": steps, "cut_short": reader.torn, "events": len(events)}
-    return found | {"snapshots": [path.name for path in snapshots]}
+    return found | {"snapshots": [path.name for path in snapshots], "models": models}
 
 
 class StopRequests:

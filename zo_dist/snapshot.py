@@ -8,8 +8,6 @@ other wrote. Frozen weights and buffers are the base model's and are not in it.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +18,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from zo_dist.files import fault_of, read_checked, sync_and_check, write_checked
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.params import Param, Span
 
 _MANIFEST = "manifest.json"
-_READ = 1 << 24  # bytes at a time, of a file that is checked
 
 
 class SnapshotError(ValueError):
@@ -58,7 +56,7 @@ def save_snapshot(optimizer: ZeroOrder, folder: str | Path, keep: int | None = N
                 if span.name in optimizer.rounding.lost:
                     tensors[_key("lost", span)] = _on_cpu(optimizer.rounding.lost[span.name])
         save_file(tensors, partial / name)
-        size, checksum = _sync_and_check(partial / name)
+        size, checksum = sync_and_check(partial / name)
     files = engine.exchange([float(size), float(checksum)]).to(torch.int64).tolist()
     with engine.jointly():
         if engine.rank == 0:
@@ -70,7 +68,7 @@ def save_snapshot(optimizer: ZeroOrder, folder: str | Path, keep: int | None = N
                 "sampler": optimizer.sampler.state_dict(),
                 "skipped": [optimizer.skipped, optimizer.skipped_in_a_row],
             }
-            _write_manifest(partial / _MANIFEST, manifest)
+            write_checked(partial / _MANIFEST, manifest)
             remove_snapshot(final)
             partial.replace(final)
             for old in snapshots_in(folder)[:-keep] if keep else []:
@@ -130,22 +128,18 @@ def snapshots_in(folder: Path) -> list[Path]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the snapshot at `path`. SnapshotError if it is damaged."""
     try:
-        checksum, _, text = (path / _MANIFEST).read_bytes().partition(b"\n")
+        return read_checked(path / _MANIFEST)
     except OSError as error:
         raise SnapshotError(f"{path} is no snapshot: {error.strerror}") from error
-    if checksum != b"%08x" % google_crc32c.value(text):
-        raise SnapshotError(f"{path / _MANIFEST} is damaged; {_remedy(path)}")
-    manifest: dict[str, Any] = json.loads(text)
-    return manifest
+    except ValueError as error:
+        raise SnapshotError(f"{error}; {_remedy(path)}") from error
 
 
 def check_file(path: Path, expected: list[int]) -> None:
     """SnapshotError if a file of a snapshot is missing or has other bytes than the manifest says."""
-    size, checksum = expected
-    if not path.is_file():
-        raise SnapshotError(f"{path} is missing; {_remedy(path.parent)}")
-    if path.stat().st_size != size or _checksum(path) != checksum:
-        raise SnapshotError(f"{path} is damaged: it has other bytes than were saved; {_remedy(path.parent)}")
+    fault = fault_of(path, expected)
+    if fault:
+        raise SnapshotError(f"{path} {fault}; {_remedy(path.parent)}")
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -195,25 +189,3 @@ def _read_piece(
             "is of other parameters or another rounding mode"
         )
     return out
-
-
-def _sync_and_check(path: Path) -> tuple[int, int]:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size, _checksum(path)
-
-
-def _checksum(path: Path) -> int:
-    total = 0
-    with path.open("rb") as file:
-        while data := file.read(_READ):
-            total = google_crc32c.extend(total, data)
-    return total
-
-
-def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest).encode()
-    with path.open("wb") as file:
-        file.write(b"%08x\n" % google_crc32c.value(text) + text)
-        file.flush()
-        os.fsync(file.fileno())
