@@ -417,3 +417,51 @@ def test_the_command_says_what_is_wrong(
         assert main([*args, "--to", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_run_exports_its_model_after_any_step(
+    logged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_ranks: int
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    path = logged / "config.yaml"
+    options = [f"train.output={run}", "train.snapshot_every=4", "train.keep_snapshots=9", "engine.kind=auto"]
+    assert main(["train", str(path), *options]) == 0
+    for step, snapshot in ((None, 12), (11, 8), (8, 8), (3, None)):
+        asked = ["--to", str(out)] + ([] if step is None else ["--step", str(step)])
+        capsys.readouterr()
+        if num_ranks == 1:
+            assert main(["export", str(run), *asked]) == 0
+            result = result_of(capsys.readouterr().out)
+        else:
+            done = launch(["export", str(run), *asked])
+            assert done.returncode == 0, done.stderr[-3000:]
+            result = result_of(done.stdout)
+        assert (result["steps"], result["ranks"]) == (step or 12, num_ranks)
+        expected = str(run / "snapshots" / f"step-{snapshot:08}") if snapshot else None
+        assert result.get("snapshot") == expected
+        again = [
+            "replay",
+            str(logged / "model"),
+            str(run / "trajectory.zo"),
+            "--to",
+            str(tmp_path / "replayed"),
+        ]
+        assert main([*again, "--step", str(step or 12)]) == 0
+        assert weights_in(out) == weights_in(tmp_path / "replayed")
+        if num_ranks > 1:
+            break
+    assert main(["check", str(out)]) == 0
+    assert main(["export", str(run), "--to", str(out), "--step", "13"]) == 2
+    assert "has 12 steps; 13 were asked for" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), "--to", str(out)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_sharded_run_is_rebuilt_by_one_process(logged: Path, tmp_path: Path) -> None:
+    done = launch(
+        ["train", str(logged / "config.yaml"), f"train.output={tmp_path / 'run'}", "engine.kind=fsdp2"]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0
+    assert weights_in(tmp_path / "out") == weights_in(tmp_path / "run" / "last")

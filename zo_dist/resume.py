@@ -127,13 +127,14 @@ def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> E
                 known = [e for e in known if e["event"] != "eval" or e["step"] == 0 or e["split"] != "test"]
                 if not any(e["event"] == "eval" and e["step"] == 0 for e in known):
                     raise ValueError(f"{path.parent / METRICS} lacks the start of the run; {_REMEDY}")
-                earlier = Earlier(reader, steps, known, _last_snapshot(path.parent, steps))
+                earlier = Earlier(reader, steps, known, last_snapshot(path.parent, steps))
     seen = (earlier.steps, earlier.snapshot) if earlier else (0, None)
     ranks.require_equal("what train.output holds", {"steps and snapshot": seen})
     return earlier
 
 
-def _last_snapshot(output: Path, steps: int) -> Path | None:
+def last_snapshot(output: Path, steps: int) -> Path | None:
+    """The newest snapshot of a run's folder after at most so many steps."""
     # One of a step that is not in the log was made before a machine failed; there is nothing to tie it to.
     known = [path for path in snapshots_in(output / SNAPSHOTS) if read_manifest(path)["step"] <= steps]
     return known[-1] if known else None

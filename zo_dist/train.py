@@ -1,4 +1,4 @@
-"""What the commands do: train, evaluate, replay. `run_training` is the order of a run."""
+"""What the commands do: train, evaluate, replay, export. `run_training` is the order of a run."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from zo_dist.models import load_model, load_tokenizer, longest_input
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.replay import replay
 from zo_dist.report import plot_run
-from zo_dist.resume import StopRequests, begin, find_earlier, go_on, sole_use
+from zo_dist.resume import StopRequests, begin, find_earlier, go_on, last_snapshot, sole_use
 from zo_dist.runlog import RunLog
+from zo_dist.trajectory import TrajectoryReader
 
 T = TypeVar("T")
 
@@ -171,21 +172,33 @@ def run_evaluation(config: Config, ranks: Engine) -> dict[str, Any]:
     }
 
 
-def run_replay(config: Config, log: Path, out: Path, steps: int | None, ranks: Engine) -> dict[str, Any]:
+def run_replay(
+    config: Config, log: Path, out: Path, steps: int | None, ranks: Engine, *, from_snapshot: bool = False
+) -> dict[str, Any]:
     """Replay on the model that the config names and save the result to the folder `out`.
 
-    Every rank must call it. Returns what it did, the same on every rank but for the clock.
+    `from_snapshot`: only the steps after the newest snapshot beside the log that is not too new. Every rank
+    must call it. Returns what it did, the same on every rank but for the clock.
     """
     ranks.require_equal("the config", config.flat())
+    snapshot: Path | None = None
+    if from_snapshot:
+        with ranks.jointly():
+            logged = sum(1 for _ in TrajectoryReader(log))
+            snapshot = last_snapshot(log.parent, logged if steps is None else steps)
+        ranks.require_equal("the run's folder", {"snapshot": snapshot})
     tokenizer, hf_config = fetched(lambda: load_tokenizer(config.model))
     model = load_model(config, hf_config, ranks.device, ranks.rank, ranks.num_ranks)
     # The same bits, sooner.
     fast = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, compile=True))
     optimizer = build_optimizer(fast, model)
     start = time.perf_counter()
-    done = replay(optimizer, log, steps)
+    done = replay(optimizer, log, steps, snapshot)
     seconds = time.perf_counter() - start
     save_model(optimizer.engine, out, tokenizer)
     result: dict[str, Any] = {"steps": done, "seconds": round(seconds, 2), "model": str(out)}
-    result["steps_per_second"] = round(done / seconds, 2)
+    if snapshot is None:
+        result["steps_per_second"] = round(done / seconds, 2)
+    else:
+        result["snapshot"] = str(snapshot)
     return result | {"engine": optimizer.engine.name, "ranks": optimizer.engine.num_ranks}
