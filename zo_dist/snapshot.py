@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,38 @@ def save_snapshot(optimizer: ZeroOrder, folder: str | Path, keep: int | None = N
 
     Each piece of a weight is written by the first rank that holds it. The snapshot appears, complete, by a
     rename; `keep`: so many are left, the newest. Raises on every rank if a write fails, which leaves
-    those that were there. Cost: the trained weights written once, read once more for the checksums.
+    those that were there. Cost: the trained weights copied, written once, and read once for the checksums.
     """
-    engine, folder = optimizer.engine, Path(folder)
-    final = folder / f"step-{optimizer.step_count:08}"
-    partial = folder / f".{final.name}.partial"
-    digest, holders = weights_digest(optimizer, optimizer.params), engine.holders(optimizer.params)
-    with engine.jointly():
-        if engine.rank == 0:
-            # What an earlier process was killed over.
-            for left in folder.glob(".step-*"):
-                shutil.rmtree(left)
-            partial.mkdir(parents=True)
-    name, size, checksum = f"rank-{engine.rank:05}.safetensors", 0, 0
-    with engine.jointly():
+    return PendingSnapshot(optimizer, folder, keep).finish()
+
+
+class PendingSnapshot:
+    """What `save_snapshot` does, in two parts: between them a thread writes while the weights may change.
+
+    Every rank must make it, and later call `finish`; one at a time. Until its file is `written`, a rank
+    holds a copy in CPU memory of what it writes: its trained weights, and as much as rounding lost of them.
+    """
+
+    def __init__(self, optimizer: ZeroOrder, folder: str | Path, keep: int | None = None) -> None:
+        engine = self._engine = optimizer.engine
+        self._folder, self._keep = Path(folder), keep
+        self._final = self._folder / f"step-{optimizer.step_count:08}"
+        self._partial = self._folder / f".{self._final.name}.partial"
+        digest, holders = weights_digest(optimizer, optimizer.params), engine.holders(optimizer.params)
+        with engine.jointly():
+            if engine.rank == 0:
+                # What an earlier process was killed over.
+                for left in self._folder.glob(".step-*"):
+                    shutil.rmtree(left)
+                self._partial.mkdir(parents=True)
+        record = optimizer.record.pack(len(optimizer.arms)) if optimizer.step_count else None
+        self._manifest = {
+            "step": optimizer.step_count,
+            "weights": digest,
+            "record": record and google_crc32c.value(record),
+            "sampler": optimizer.sampler.state_dict(),
+            "skipped": [optimizer.skipped, optimizer.skipped_in_a_row],
+        }
         tensors = {}
         for span in engine.spans(optimizer.params):
             first = min(rank for rank, offset, _ in holders[span.name] if offset == span.offset)
@@ -55,25 +74,46 @@ def save_snapshot(optimizer: ZeroOrder, folder: str | Path, keep: int | None = N
                 tensors[_key("weight", span)] = _on_cpu(span.flat)
                 if span.name in optimizer.rounding.lost:
                     tensors[_key("lost", span)] = _on_cpu(optimizer.rounding.lost[span.name])
-        save_file(tensors, partial / name)
-        size, checksum = sync_and_check(partial / name)
-    files = engine.exchange([float(size), float(checksum)]).to(torch.int64).tolist()
-    with engine.jointly():
-        if engine.rank == 0:
-            manifest = {
-                "step": optimizer.step_count,
-                "files": {f"rank-{rank:05}.safetensors": file for rank, file in enumerate(files)},
-                "weights": digest,
-                "record": google_crc32c.value(optimizer.record.pack(len(optimizer.arms))),
-                "sampler": optimizer.sampler.state_dict(),
-                "skipped": [optimizer.skipped, optimizer.skipped_in_a_row],
-            }
-            write_checked(partial / _MANIFEST, manifest)
-            remove_snapshot(final)
-            partial.replace(final)
-            for old in snapshots_in(folder)[:-keep] if keep else []:
-                remove_snapshot(old)
-    return final
+        self._file: tuple[int, int] = (0, 0)
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._write, args=(tensors,), name="snapshot")
+        self._thread.start()
+
+    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
+        path = self._partial / _file_of(self._engine.rank)
+        try:
+            save_file(tensors, path)
+            self._file = sync_and_check(path)
+        except Exception as error:
+            # Of safetensors they are no OSErrors and name no file.
+            self._error = OSError(f"{path} cannot be written: {error}")
+
+    @property
+    def written(self) -> bool:
+        """Is the file of this rank on the disk, or cannot be?"""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until it is `written`. No collective."""
+        self._thread.join()
+
+    def finish(self) -> Path:
+        """Wait for every rank's file and let the snapshot appear; returns it. Raises as `save_snapshot`."""
+        self.wait()
+        engine = self._engine
+        with engine.jointly():
+            if self._error is not None:
+                raise self._error
+        files = engine.exchange([float(x) for x in self._file]).to(torch.int64).tolist()
+        with engine.jointly():
+            if engine.rank == 0:
+                named = {_file_of(rank): file for rank, file in enumerate(files)}
+                write_checked(self._partial / _MANIFEST, {**self._manifest, "files": named})
+                remove_snapshot(self._final)
+                self._partial.replace(self._final)
+                for old in snapshots_in(self._folder)[: -self._keep] if self._keep else []:
+                    remove_snapshot(old)
+        return self._final
 
 
 def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
@@ -148,6 +188,10 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 def _remedy(path: Path) -> str:
     return f"delete {path}: a run goes on from the snapshot before it, or from its base model, by its log"
+
+
+def _file_of(rank: int) -> str:
+    return f"rank-{rank:05}.safetensors"
 
 
 def _key(kind: str, span: Span) -> str:
