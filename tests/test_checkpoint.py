@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from injected import files_no_longer_than
+from models import build
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_run import launch, write_config, write_model
+from tiny_run import environment, launch, write_config, write_model
 from torch import nn
 from transformers import AutoModelForCausalLM
+from workers import Pool, wrap
 
 from zo_dist.checkpoint import save_model
+from zo_dist.cli import main
 from zo_dist.engines import select
+from zo_dist.resume import check_run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -53,6 +61,32 @@ def test_two_ranks_save_untouched_weights_bit_for_bit(tmp_path: Path, tied: bool
     moved = {name for name, weight in saved.items() if not torch.equal(weight, expected[name])}
     assert moved
     assert all("layers.2." in name for name in moved)
+
+
+def test_any_byte_of_a_saved_model_that_is_changed_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, train={"steps": 2, "eval_every": 1})
+    assert main(["train", str(path)]) == 0
+    assert main(["check", str(tmp_path / "run")]) == 0
+    assert '"models": ["best", "last"]' in capsys.readouterr().out
+    last = tmp_path / "run" / "last"
+    assert main(["check", str(last)]) == 0
+    names, checked = sorted(file.name for file in last.iterdir()), 0
+    assert {"model.safetensors", "config.json", "tokenizer.json", "checksums.json"} <= set(names)
+    for name in names:
+        whole = (last / name).read_bytes()
+        for at in range(0, len(whole), max(1, len(whole) // 200)):
+            (last / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            with pytest.raises(ValueError, match=f"{name} is damaged.*; delete .*: zo-dist export"):
+                check_run(tmp_path / "run")
+            checked += 1
+        (last / name).unlink()
+        with pytest.raises(ValueError, match=f"{name} (is missing|cannot be read)"):
+            check_run(tmp_path / "run")
+        (last / name).write_bytes(whole)
+    assert checked > 800
+    assert main(["check", str(tmp_path / "run")]) == 0
 
 
 def test_an_old_save_is_replaced_whole(tmp_path: Path) -> None:
@@ -110,3 +144,70 @@ def test_a_write_that_fails_leaves_the_old_save(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="no space"):
         save_model(select(model), tmp_path / "saved")
     AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def test_memory_is_bounded_whatever_the_size_of_the_model(tmp_path: Path) -> None:
+    """Anonymous memory: pages that no file stands behind, which the system cannot write out."""
+    script = """
+import sys, threading, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from zo_dist import checkpoint
+from zo_dist.engines import select
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+config = LlamaConfig(
+    vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=5, num_attention_heads=8
+)
+with torch.device("meta"):
+    model = LlamaForCausalLM(config)
+model = model.to_empty(device="cpu")
+for param in model.parameters():
+    param.data.view(torch.int32).random_(0x3F800000)  # finite, and every page touched
+checkpoint.MAX_SHARD = "20MB"
+engine, path = select(model), sys.argv[1]
+checkpoint.save_model(engine, path)  # what is imported and allocated once
+samples, over = [], threading.Event()
+
+def sample():
+    while not over.wait(0.002):
+        samples.append(anonymous())
+
+before = anonymous()
+thread = threading.Thread(target=sample)
+thread.start()
+checkpoint.save_model(engine, path)
+over.set()
+thread.join()
+again = LlamaForCausalLM.from_pretrained(path).state_dict()
+assert all(torch.equal(again[name], weight) for name, weight in model.state_dict().items())
+sizes = [param.nbytes for param in model.parameters()]
+print(max(samples) - before, sum(sizes), max(sizes))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "saved")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    grown, model, largest = map(int, done.stdout.split()[-3:])
+    print(f"{grown / 1e6:.0f} MB for a model of {model / 1e6:.0f} MB")
+    assert model > 400e6
+    assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 10
+    # A file, a weight, and the 16 MB that are read at a time for the checksums; as much again for allocators.
+    assert grown < 2 * (20e6 + largest + 16e6) < model / 2
+
+
+def save_on_a_full_disk(path: Path) -> None:
+    model = wrap("fsdp2", build("llama"))
+    with files_no_longer_than(1000):
+        save_model(select(model), path)
+
+
+def test_a_full_disk_under_the_gathered_weights_is_told_to_all(
+    tmp_path: Path, pool: Callable[[int], Pool]
+) -> None:
+    for error in pool(2).errors(save_on_a_full_disk, tmp_path / "saved"):
+        assert ".saved.gathered" in error
+    assert list(tmp_path.iterdir()) == []

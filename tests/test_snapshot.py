@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import table
 import torch
-from injected import remembered_noise
+from injected import files_no_longer_than, remembered_noise
 from models import build, loss_of, rows_for
 from tiny_run import write_config
 from workers import Pool, digest, needs_deepspeed, whole_weights, wrap
 
 import zo_dist
+from zo_dist import snapshot
 from zo_dist.cli import main
 from zo_dist.replay import identity, replay
 from zo_dist.runlog import read_metrics
-from zo_dist.snapshot import SnapshotError, load_snapshot, save_snapshot, snapshots_in
+from zo_dist.snapshot import PendingSnapshot, SnapshotError, load_snapshot, save_snapshot, snapshots_in
 from zo_dist.trajectory import TrajectoryError, TrajectoryReader, TrajectoryWriter
 
 PLACES = [
@@ -194,6 +197,83 @@ def test_the_newest_are_kept_and_unfinished_ones_are_none(tmp_path: Path) -> Non
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_snapshot_before_the_first_step_stands_for_none(tmp_path: Path) -> None:
+    optimizer = make()
+    TrajectoryWriter(tmp_path / "log", identity(optimizer)).close()
+    again = make()
+    assert replay(again, tmp_path / "log", snapshot=save_snapshot(optimizer, tmp_path)) == 0
+    assert what_is(again) == what_is(optimizer)
+
+
+def test_what_is_written_meanwhile_is_not_in_it(tmp_path: Path) -> None:
+    optimizer = stepped()
+    expected = what_is(optimizer)
+    pending = PendingSnapshot(optimizer, tmp_path)
+    for _ in range(3):
+        optimizer.step_batch(rows_for("sequential", 6, dtype=torch.bfloat16), loss_of)
+    assert snapshots_in(tmp_path) == []
+    again = make()
+    load_snapshot(again, pending.finish())
+    assert what_is(again) == expected != what_is(optimizer)
+
+
+def test_training_goes_on_while_a_snapshot_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = (
+        write_config(tmp_path, train={"steps": 9, "snapshot_every": 4, "eval_every": 0}),
+        tmp_path / "run",
+    )
+    save, seen = snapshot.save_file, []
+
+    def slowly(*args: Any) -> None:
+        deadline = time.monotonic() + 60
+        began = last_step(run)
+        # The next snapshot waits for this one, and so does the end.
+        while last_step(run) < min(began + 3, 9) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.append((began, last_step(run), [path.name for path in snapshots_in(run / "snapshots")]))
+        save(*args)
+
+    monkeypatch.setattr(snapshot, "save_file", slowly)
+    assert main(["train", str(path)]) == 0
+    # (A step may be over between the copy and the first look.)
+    assert [(after, there) for _, after, there in seen] == [(7, []), (9, ["step-00000004"])]
+    assert [path.name for path in snapshots_in(run / "snapshots")] == ["step-00000004", "step-00000008"]
+    assert main(["check", str(run)]) == 0
+
+
+def last_step(run: Path) -> int:
+    return max((e["step"] for e in read_metrics(run) if e["event"] == "step"), default=0)
+
+
+def save_where_rank_1_has_a_full_disk(engine: str, folder: str) -> None:
+    optimizer = make(engine)
+    with remembered_noise():
+        save_snapshot(optimizer, folder)
+        optimizer.step_batch(rows_for("sequential", 6, dtype=torch.bfloat16), loss_of)
+    # Of fsdp2, rank 1 writes half of the weights; of copies, the first rank writes all.
+    full = int(engine == "fsdp2")
+    with files_no_longer_than(500) if optimizer.engine.rank == full else nullcontext():
+        save_snapshot(optimizer, folder)
+
+
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2"])
+def test_a_full_disk_on_one_rank_is_told_to_all_and_spares_what_was_there(
+    pool: Callable[[int], Pool], tmp_path: Path, engine: str
+) -> None:
+    for error in pool(2).errors(save_where_rank_1_has_a_full_disk, engine, str(tmp_path)):
+        assert f"rank-{int(engine == 'fsdp2'):05}.safetensors cannot be written" in error
+    assert [path.name for path in snapshots_in(tmp_path)] == ["step-00000000"]
+    pool(2).run(load_there, engine, str(tmp_path / "step-00000000"))
+    # It is in nobody's way.
+    pool(2).run(save_there, engine, str(tmp_path))
+    assert [path.name for path in snapshots_in(tmp_path)] == ["step-00000000", "step-00000004"]
+    (tmp_path / "step-00000004" / "rank-00001.safetensors").unlink()
+    for error in pool(2).errors(load_there, engine, str(tmp_path / "step-00000004")):
+        assert "rank-00001.safetensors is missing; delete" in error
+
+
 def test_a_run_resumes_from_its_snapshot_and_checks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -202,6 +282,7 @@ def test_a_run_resumes_from_its_snapshot_and_checks(
     assert main(["train", str(path)]) == 0
     assert main(["check", str(run)]) == 0
     expected = '"steps": 5, "cut_short": 0, "events": 8, "snapshots": ["step-00000002", "step-00000004"]'
+    expected += ', "models": ["last"]'
     assert expected in capsys.readouterr().out
     assert main(["train", str(path), "train.steps=7"]) == 0
     assert "step-00000004" in caplog.text

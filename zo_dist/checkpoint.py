@@ -1,9 +1,10 @@
-"""Save the weights of a sharded model as the files that `from_pretrained` loads."""
+"""Save the weights of a sharded model as the files that `from_pretrained` loads, and their checksums."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +13,85 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zo_dist.engines import Engine
+from zo_dist.files import fault_of, naming, read_checked, sync_and_check, write_checked
 from zo_dist.params import Owner, Param, canonical_name
+
+CHECKSUMS = "checksums.json"
+
+# The largest file of a saved model, unless a single weight is larger.
+MAX_SHARD = "2GB"
 
 
 def save_model(engine: Engine, path: str | Path, tokenizer: Any = None) -> None:
     """Write the whole model to the folder `path`, replacing what is there. Every rank must call it.
 
     A model with `save_pretrained` (transformers; PEFT, which saves its adapter alone) is saved by
-    it; any other module as `model.safetensors`. Weights keep their dtype and bits; frozen weights
-    and persistent buffers are included. The folder appears, complete, by a rename. Each weight is
-    gathered by itself and copied by rank 0, whose CPU memory must hold the model. Raises on every
-    rank if the write fails.
+    it, in files of at most MAX_SHARD; any other module as `model.safetensors`. Weights keep their dtype and
+    bits; frozen weights and persistent buffers are included. The folder appears, complete, by a rename, with
+    the size and CRC-32C of each file in `checksums.json`. Raises on every rank if the write fails.
+
+    Each weight is gathered by itself and put by rank 0 into a file beside `path` that is mapped into memory.
+    So what rank 0 holds besides, whatever the model's size, is one weight (and one file of the saved model,
+    with a safetensors that copies what it writes). Cost: each byte written twice, and disk space for the
+    model twice while it is saved.
     """
-    state = gather_state(engine)
-    with engine.jointly():
-        if engine.rank == 0:
-            _write(engine.module, state, Path(path), tokenizer)
+    path = Path(path)
+    with ExitStack() as stack:
+        with engine.jointly():
+            if engine.rank == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # What an earlier process was killed over, too.
+                gathered = path.with_name(f".{path.name}.gathered")
+                shutil.rmtree(gathered, ignore_errors=True)
+                gathered.mkdir()
+                stack.callback(shutil.rmtree, gathered, ignore_errors=True)
+        state = gather_state(engine, path.with_name(f".{path.name}.gathered"))
+        with engine.jointly():
+            if engine.rank == 0:
+                _write(engine.module, state, path, tokenizer)
+
+
+def check_model(path: Path) -> list[str]:
+    """Read every file that `save_model` wrote; returns their names. ValueError if one is not as it was."""
+    try:
+        files = read_checked(path / CHECKSUMS)
+    except OSError as error:
+        raise ValueError(f"{path / CHECKSUMS} cannot be read: {error.strerror}; {_remedy(path)}") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; {_remedy(path)}") from error
+    for name, expected in files.items():
+        fault = fault_of(path / name, expected)
+        if fault:
+            raise ValueError(f"{path / name} {fault}; {_remedy(path)}")
+    return list(files)
+
+
+def _remedy(path: Path) -> str:
+    return f"delete {path}: zo-dist export rebuilds a run's model, after any step, from its log"
 
 
 @torch.no_grad()
-def gather_state(engine: Engine) -> dict[str, Tensor]:
-    """The state dict on the CPU, by canonical names, on rank 0; empty on the others.
+def gather_state(engine: Engine, folder: Path) -> dict[str, Tensor]:
+    """The state dict, by canonical names, on rank 0, mapped from files in `folder`; empty on the others.
 
-    A tied weight is one tensor under each of its names.
+    A tied weight is one tensor under each of its names. Raises on every rank if the disk is full.
     """
     # Whatever a forward left gathered is released, so that the parameters found are the shards.
     engine.publish()
     state: dict[str, Tensor] = {}
     gathered: dict[nn.Parameter, Tensor] = {}
+    error: OSError | None = None
+
+    def kept(tensor: Tensor) -> Tensor:
+        nonlocal error
+        if engine.rank == 0 and error is None:
+            try:
+                return _mapped(tensor, folder / str(len(state)))
+            except OSError as caught:
+                # The others gather on: they are told when all is over.
+                error = caught
+        return torch.empty(0)
+
     for prefix, owner in engine.module.named_modules(remove_duplicate=False):
         for attribute, param in list(owner._parameters.items()):
             if param is None:
@@ -48,27 +100,34 @@ def gather_state(engine: Engine) -> dict[str, Tensor]:
             if param not in gathered:
                 at = Owner(owner, owner, attribute)
                 with engine.whole(Param(name, param, engine.shape_of(param), (at,))) as whole:
-                    gathered[param] = _on_cpu(whole) if engine.rank == 0 else torch.empty(0)
+                    gathered[param] = kept(whole)
             state[name] = gathered[param]
         for attribute, buffer in owner._buffers.items():
             if buffer is not None and attribute not in owner._non_persistent_buffers_set:
-                state[canonical_name(f"{prefix}.{attribute}".lstrip("."))] = _on_cpu(buffer)
+                state[canonical_name(f"{prefix}.{attribute}".lstrip("."))] = kept(buffer)
+    engine.together(error)
     return state if engine.rank == 0 else {}
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def _mapped(tensor: Tensor, path: Path) -> Tensor:
+    """A copy of `tensor` whose memory is a new file."""
+    if not tensor.numel():
+        return tensor.detach().to("cpu", copy=True)
+    with naming(path), path.open("xb") as file:
+        # The space is taken now: a full disk is an error here, a signal that kills where memory is written.
+        os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+    mapped = torch.from_file(str(path), shared=True, size=tensor.nbytes, dtype=torch.uint8)
+    return mapped.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
 def _write(module: nn.Module, state: dict[str, Tensor], path: Path, tokenizer: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
     for folder in (partial, old):
         shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir()
     save_pretrained: Any = getattr(module, "save_pretrained", None)
     if save_pretrained is not None:
-        save_pretrained(partial, state_dict=state)
+        save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD)
     else:
         # safetensors refuses shared memory: a tied weight is stored under its first name.
         first = {id(tensor): name for name, tensor in reversed(state.items())}
@@ -76,6 +135,8 @@ def _write(module: nn.Module, state: dict[str, Tensor], path: Path, tokenizer: A
         save_file(unique, partial / "model.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
+    names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file())
+    write_checked(partial / CHECKSUMS, {name: sync_and_check(partial / name) for name in names})
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)

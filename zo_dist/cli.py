@@ -18,7 +18,7 @@ from torch import nn
 from zo_dist.config import Config, load_config
 from zo_dist.engines import DesyncError, Engine, initialize_process_group, leave_process_group
 from zo_dist.optimizer import NonFiniteLossError
-from zo_dist.resume import Interrupted, check_run
+from zo_dist.resume import LOG, Interrupted, check_run
 from zo_dist.settings import apply_overrides, build
 from zo_dist.trajectory import TrajectoryReader
 
@@ -56,7 +56,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     # The deepspeed launcher adds it; what counts is the environment, which it sets as well.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | replay | check")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="train | eval | export | replay | check"
+    )
     train = commands.add_parser("train", help="fine-tune a model as a config file says")
     train.add_argument("config", help="YAML file; every key is described in zo_dist/config.py")
     evaluate = commands.add_parser("eval", help="accuracy and loss on the test split")
@@ -67,14 +69,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     replay = commands.add_parser("replay", help="rebuild the weights of a run from its log, without data")
     replay.add_argument("base", help="the model that the run started from: a folder or any model source")
     replay.add_argument("log", help="the trajectory.zo of a run")
-    replay.add_argument("--to", required=True, metavar="FOLDER", help="where the rebuilt model is saved")
-    replay.add_argument(
-        "--step", type=int, metavar="N", help="stop after N steps; default: all that are logged"
-    )
+    export = commands.add_parser("export", help="the model of a run after any of its steps")
+    export.add_argument("run", help="the folder of a run; its base model is what its log names")
+    export.set_defaults(base=None)
+    for command in (replay, export):
+        command.add_argument("--to", required=True, metavar="FOLDER", help="where the model is saved")
+        command.add_argument(
+            "--step", type=int, metavar="N", help="stop after N steps; default: all that are logged"
+        )
     check = commands.add_parser("check", help="read a run's folder and say whether all of it is whole")
-    check.add_argument("run", help="the folder of a run")
+    check.add_argument("run", help="the folder of a run, or of a saved model")
     check.set_defaults(overrides=[])
-    for command in (train, evaluate, replay):
+    for command in (train, evaluate, replay, export):
         command.add_argument(
             "--deepspeed", metavar="DS_JSON", help="short for engine.kind=deepspeed engine.deepspeed=DS_JSON"
         )
@@ -86,6 +92,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     wrong = [arg for arg in rest if arg not in args.overrides]
     if wrong:
         parser.error(f"unrecognised: {' '.join(wrong)}")
+    if args.command == "export":
+        args.log = str(Path(args.run) / LOG)
     if args.command == "eval" and args.config is not None and "=" in args.config:
         args.overrides, args.config = [args.config, *args.overrides], None
     return args
@@ -103,8 +111,10 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     from zo_dist.train import run_evaluation, run_replay, run_training
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    if args.command == "replay":
-        return run_replay(config, Path(args.log), Path(args.to), args.step, ranks)
+    if args.command in ("replay", "export"):
+        from_snapshot = args.command == "export"
+        paths = Path(args.log), Path(args.to)
+        return run_replay(config, *paths, args.step, ranks, from_snapshot=from_snapshot)
     return run_training(config, ranks) if args.command == "train" else run_evaluation(config, ranks)
 
 
@@ -114,7 +124,7 @@ def _config(args: argparse.Namespace) -> Config:
         overrides += ["engine.kind=deepspeed", f"engine.deepspeed={json.dumps(args.deepspeed)}"]
     if args.command == "train":
         return load_config(args.config, overrides)
-    if args.command == "replay":
+    if args.command in ("replay", "export"):
         return _replayed(args, overrides)
     model, path = Path(args.model), args.config
     if (model / "config.yaml").is_file():
@@ -137,7 +147,10 @@ def _replayed(args: argparse.Namespace, overrides: list[str]) -> Config:
     settings = TrajectoryReader(args.log).header.get("config")
     if not isinstance(settings, dict):
         raise ValueError(f"{args.log} was not written by zo-dist train: replay it with zo_dist.replay.replay")
-    apply_overrides(settings, [*overrides, f"model.source={json.dumps(args.base)}"])
+    # Any engine gives the same bits: unless one is named, it is what fits the processes here.
+    settings["engine"] = {}
+    base = [] if args.base is None else [f"model.source={json.dumps(args.base)}"]
+    apply_overrides(settings, [*overrides, *base])
     return build(Config, settings)
 
 

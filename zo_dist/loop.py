@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import signal
 import time
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from zo_dist.engines import Engine
 from zo_dist.evaluate import Score, evaluate
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.probes import RowLoss
-from zo_dist.resume import SNAPSHOTS, Append, Earlier, Interrupted, stop_requests
+from zo_dist.resume import SNAPSHOTS, Append, Earlier, Interrupted, StopRequests
 from zo_dist.runlog import RunLog
 from zo_dist.schedule import make_scheduler
-from zo_dist.snapshot import save_snapshot
+from zo_dist.snapshot import PendingSnapshot
 from zo_dist.tasks import EncodedRow, choice_loss, get_task, option_nll_loss
 
 ROW_LOSSES: dict[str, RowLoss] = {"choice": choice_loss, "option_nll": option_nll_loss}
@@ -58,52 +57,77 @@ class Loop:
         tokenizer: PreTrainedTokenizerBase,
         run_log: RunLog,
         append: Append,
+        stop: StopRequests,
         earlier: Earlier | None,
     ) -> None:
         self._config, self._optimizer, self._data, self._tokenizer = config, optimizer, data, tokenizer
-        self._log, self._append = run_log, append
+        self._log, self._append, self._stop = run_log, append, stop
         evals = earlier.evals("validation") if earlier else []
-        self._best = min((e["loss"] for e in evals if e["loss"] is not None), default=math.inf)
+        # The loss of other rows is no measure for these.
+        rows = len(data.validation[: config.train.eval_rows])
+        losses = [e["loss"] for e in evals if e["loss"] is not None and e["rows"] == rows]
+        self._best = min(losses, default=math.inf)
         self._evaluated = {e["step"] for e in evals}
         self._seconds_before = earlier.seconds if earlier else 0.0
         self._batches = build_batches(config, data, optimizer.engine)
+        self._snapshot: PendingSnapshot | None = None
 
     def run(self) -> float:
         """The steps that are left, or as many as `max_seconds` has room for; returns the seconds of all."""
         settings, optimizer = self._config.train, self._optimizer
-        engine = optimizer.engine
         row_loss = ROW_LOSSES[get_task(self._config.data.task).loss]
         done = optimizer.step_count
-        scheduler = make_scheduler(optimizer, settings, done)
-        accuracy = ""
         optimizer.prepare(self._batches[done][0], row_loss)
         self._start = time.perf_counter()
         over = done >= settings.steps or self._is_over(self._seconds_before)
-        with stop_requests() as stop_request:
+        try:
             # An earlier process may have been stopped between a step and its evaluation.
             if done and self._evaluates(done, over) and done not in self._evaluated:
                 self._validate(done)
-            for step in range(done + 1, done if over else settings.steps + 1):
-                lr = optimizer.param_groups[0]["lr"]
-                loss = optimizer.step_batch(self._batches[step - 1], row_loss)
-                self._append(optimizer.record)
-                scheduler.step()
-                last, requested = self._ends(step, stop_request())
-                if step % settings.log_every == 0 or last or requested:
-                    self._write_step(step, loss, lr)
-                if requested:
-                    raise self._interrupted(step, requested)
-                if self._evaluates(step, last):
-                    accuracy = f"{self._validate(step).accuracy:.4f}"
-                if engine.has_copies and settings.verify_every and step % settings.verify_every == 0:
-                    engine.fingerprints(optimizer.params)
-                if settings.snapshot_every and step % settings.snapshot_every == 0:
-                    folder = Path(settings.output) / SNAPSHOTS
-                    save_snapshot(optimizer, folder, settings.keep_snapshots)
-                self._log.advance(loss=f"{loss:.4f}", validation=accuracy)
-                if last:
-                    break
+            self._take_steps(row_loss, done + 1, done if over else settings.steps)
+            self._finish_snapshot()
+        except Interrupted:
+            self._finish_snapshot()
+            raise
+        finally:
+            # Whatever ends the run, nothing writes to its folder any more.
+            if self._snapshot:
+                self._snapshot.wait()
         return self._seconds()
+
+    def _take_steps(self, row_loss: RowLoss, first: int, last: int) -> None:
+        settings, optimizer = self._config.train, self._optimizer
+        engine = optimizer.engine
+        scheduler = make_scheduler(optimizer, settings, first - 1)
+        accuracy = ""
+        for step in range(first, last + 1):
+            lr = optimizer.param_groups[0]["lr"]
+            loss = optimizer.step_batch(self._batches[step - 1], row_loss)
+            scheduler.step()
+            ends, requested, written = self._agree(step)
+            with engine.jointly():
+                self._append(optimizer.record)
+                if step % settings.log_every == 0 or ends or requested:
+                    self._write_step(step, loss, lr)
+            self._stop.end(step, requested)
+            if written:
+                self._finish_snapshot()
+            if self._evaluates(step, ends):
+                accuracy = f"{self._validate(step).accuracy:.4f}"
+            if engine.has_copies and settings.verify_every and step % settings.verify_every == 0:
+                engine.fingerprints(optimizer.params)
+            if settings.snapshot_every and step % settings.snapshot_every == 0:
+                self._finish_snapshot()
+                folder = Path(settings.output) / SNAPSHOTS
+                self._snapshot = PendingSnapshot(optimizer, folder, settings.keep_snapshots)
+            self._log.advance(loss=f"{loss:.4f}", validation=accuracy)
+            if ends:
+                break
+
+    def _finish_snapshot(self) -> None:
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot:
+            snapshot.finish()
 
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._start
@@ -112,23 +136,19 @@ class Loop:
         every = self._config.train.eval_every
         return bool(every) and (last or step % every == 0)
 
-    def _ends(self, step: int, stop_request: int) -> tuple[bool, int]:
-        """Does training end with this step, and what signal was any rank sent? The same on every rank."""
-        everyone = self._optimizer.engine.exchange([self._seconds(), float(stop_request)])
+    def _agree(self, step: int) -> tuple[bool, int, bool]:
+        """The same on every rank: does training end with this step, what signal was any rank sent, and has
+        every rank written its file of the snapshot?"""
+        written = self._snapshot is not None and self._snapshot.written
+        mine = [self._seconds(), float(self._stop.seen), float(written)]
+        everyone = self._optimizer.engine.exchange(mine)
         # By the clock of rank 0: ranks must agree.
-        last = step == self._config.train.steps or self._is_over(float(everyone[0, 0]))
-        return last, int(everyone[:, 1].max())
+        ends = step == self._config.train.steps or self._is_over(float(everyone[0, 0]))
+        return ends, int(everyone[:, 1].max()), bool(everyone[:, 2].all())
 
     def _is_over(self, seconds: float) -> bool:
         limit = self._config.train.max_seconds
         return limit is not None and seconds >= limit
-
-    def _interrupted(self, step: int, number: int) -> Interrupted:
-        how = " with train.existing=resume" if self._config.train.existing != "resume" else ""
-        name = signal.Signals(number).name
-        return Interrupted(
-            f"stopped by {name} after step {step}; the same command{how} goes on after it", number
-        )
 
     def _write_step(self, step: int, loss: float, lr: float) -> None:
         optimizer = self._optimizer
@@ -150,17 +170,13 @@ class Loop:
 
     def _validate(self, step: int) -> Score:
         data, engine = self._data, self._optimizer.engine
-        result = score(self._config, engine, data, data.validation[: self._config.train.eval_rows])
-        # First the weights: a process that is killed here evaluates again.
+        rows = data.validation[: self._config.train.eval_rows]
+        result = score(self._config, engine, data, rows)
+        # First the weights: a process that is killed or stopped here evaluates again.
         if self._config.train.save_best and result.loss < self._best:
+            self._stop.heed(step)
             self._best = result.loss
             save_model(engine, Path(self._config.train.output) / "best", self._tokenizer)
-        self._log.write(
-            "eval",
-            step,
-            split="validation",
-            seconds=self._seconds(),
-            accuracy=result.accuracy,
-            loss=result.loss,
-        )
+        with engine.jointly():
+            self._log.write_score("validation", result, len(rows), step, self._seconds())
         return result

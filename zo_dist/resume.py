@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
@@ -14,10 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, BinaryIO
 
 import zo_dist
+from zo_dist.checkpoint import CHECKSUMS, check_model
 from zo_dist.config import Config, flatten
 from zo_dist.data import RunData
 from zo_dist.engines import Engine
@@ -30,7 +32,8 @@ from zo_dist.trajectory import StepRecord, TrajectoryReader, TrajectoryWriter
 
 log = logging.getLogger(__name__)
 
-LOG, SNAPSHOTS = "trajectory.zo", "snapshots"
+LOG, SNAPSHOTS, _LOCK = "trajectory.zo", "snapshots", ".lock"
+MODELS = ("best", "last")
 
 Append = Callable[[StepRecord], None]
 
@@ -73,6 +76,34 @@ class Earlier:
         return [e for e in self.events if e["event"] == "eval" and e["split"] == split]
 
 
+@contextmanager
+def sole_use(output: Path, ranks: Engine) -> Iterator[None]:
+    """Make the run's folder; inside, no other run can use it. Every rank must enter.
+
+    ValueError on every rank if another run does. The lock is rank 0's and ends with its process, however
+    that ends; where the file system has no locks, a warning says so.
+    """
+    with ExitStack() as stack:
+        with ranks.jointly():
+            if ranks.rank == 0:
+                output.mkdir(parents=True, exist_ok=True)
+                # It stays: a lock on a file that another process deletes is no lock.
+                _lock(stack.enter_context((output / _LOCK).open("ab")), output)
+        yield
+
+
+def _lock(file: BinaryIO, output: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run is using train.output={output}: wait until it ends, or set train.output to "
+            "another folder"
+        ) from None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s): let no other run use it", output, error.strerror)
+
+
 def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> Earlier | None:
     """The steps that the folder `train.output` holds of this run; None where there are none.
 
@@ -96,13 +127,14 @@ def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> E
                 known = [e for e in known if e["event"] != "eval" or e["step"] == 0 or e["split"] != "test"]
                 if not any(e["event"] == "eval" and e["step"] == 0 for e in known):
                     raise ValueError(f"{path.parent / METRICS} lacks the start of the run; {_REMEDY}")
-                earlier = Earlier(reader, steps, known, _last_snapshot(path.parent, steps))
+                earlier = Earlier(reader, steps, known, last_snapshot(path.parent, steps))
     seen = (earlier.steps, earlier.snapshot) if earlier else (0, None)
     ranks.require_equal("what train.output holds", {"steps and snapshot": seen})
     return earlier
 
 
-def _last_snapshot(output: Path, steps: int) -> Path | None:
+def last_snapshot(output: Path, steps: int) -> Path | None:
+    """The newest snapshot of a run's folder after at most so many steps."""
     # One of a step that is not in the log was made before a machine failed; there is nothing to tie it to.
     known = [path for path in snapshots_in(output / SNAPSHOTS) if read_manifest(path)["step"] <= steps]
     return known[-1] if known else None
@@ -138,14 +170,14 @@ def digest_of_rows(rows: Sequence[EncodedRow]) -> str:
 
 @contextmanager
 def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Append]:
-    """A new log in the run's folder, and what appends to it. Every rank must call it."""
+    """A new log in the run's folder, and what appends to it, on rank 0. Every rank must enter."""
     header = {**identity(optimizer), "config": dataclasses.asdict(config)}
     header.update(data=digest_of_rows(data.train), zo_dist=zo_dist.__version__)
 
     def create() -> TrajectoryWriter:
         output = Path(config.train.output)
         # Of a run that is replaced: nothing of it is to be taken for the new one's.
-        for folder in (SNAPSHOTS, "best", "last", "tensorboard"):
+        for folder in (SNAPSHOTS, *MODELS, "tensorboard"):
             shutil.rmtree(output / folder, ignore_errors=True)
         for file in ("result.json", "run.png"):
             (output / file).unlink(missing_ok=True)
@@ -158,7 +190,7 @@ def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Appen
 
 @contextmanager
 def go_on(earlier: Earlier, optimizer: ZeroOrder, config: Config) -> Iterator[Append]:
-    """Weights and state as after the steps of the log, and what appends to it. Every rank must call it."""
+    """Weights and state as after the steps of the log, and what appends on rank 0. Every rank must enter."""
     path = earlier.reader.path
     log.info("%s holds %d steps; the run goes on after them", path, earlier.steps)
     start = time.perf_counter()
@@ -185,25 +217,23 @@ def _write_config(config: Config) -> None:
 
 @contextmanager
 def _appending(engine: Engine, open_log: Callable[[], TrajectoryWriter]) -> Iterator[Append]:
-    """What appends a step to the log, which rank 0 writes; if that fails, every rank learns it."""
+    """What appends a step to the log, on rank 0; on the others it does nothing."""
     with ExitStack() as stack:
+        append: Append = lambda record: None  # noqa: E731
         with engine.jointly():
             if engine.rank == 0:
-                writer = stack.enter_context(open_log())
-
-        def append(record: StepRecord) -> None:
-            with engine.jointly():
-                if engine.rank == 0:
-                    writer.append(record)
-
+                append = stack.enter_context(open_log()).append
         yield append
 
 
 def check_run(output: Path) -> dict[str, Any]:
     """What a run's folder holds; ValueError, naming the file, if any of it is damaged.
 
-    Reads the log, the metrics and every byte of the snapshots. Saved models carry no checksum.
+    Reads the log, the metrics, and every byte of the snapshots and the saved models. The folder of a saved
+    model alone is read too.
     """
+    if (output / CHECKSUMS).exists():
+        return {"files": check_model(output)}
     reader = TrajectoryReader(output / LOG)
     steps = sum(1 for _ in reader)
     events = read_metrics(output)
@@ -211,22 +241,46 @@ def check_run(output: Path) -> dict[str, Any]:
     for snapshot in snapshots:
         for name, expected in read_manifest(snapshot)["files"].items():
             check_file(snapshot / name, expected)
+    models = [name for name in MODELS if (output / name).exists()]
+    for name in models:
+        check_model(output / name)
     found: dict[str, Any] = {"steps": steps, "cut_short": reader.torn, "events": len(events)}
-    return found | {"snapshots": [path.name for path in snapshots]}
+    return found | {"snapshots": [path.name for path in snapshots], "models": models}
 
 
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], int]]:
-    """Inside, SIGTERM and SIGINT are noted and otherwise ignored; yields what returns the last, or 0."""
-    seen = 0
+class StopRequests:
+    """SIGTERM and SIGINT: inside a `with` the first of each is noted, and the run ends where it next asks.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        seen = number
+    A second one does what it does without this.
+    """
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: seen
-    finally:
-        for number, handler in before.items():
+    def __init__(self, config: Config, ranks: Engine) -> None:
+        self._ranks, self.seen = ranks, 0
+        self._how = " with train.existing=resume" if config.train.existing != "resume" else ""
+
+    def __enter__(self) -> StopRequests:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) or signal.SIG_DFL for number in numbers}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.seen = number
+        signal.signal(number, self._before[signal.Signals(number)])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def heed(self, step: int) -> None:
+        """End the run here, after `step`, if any rank was sent a signal. A collective."""
+        self.end(step, int(self._ranks.exchange([float(self.seen)]).max()))
+
+    def end(self, step: int, number: int) -> None:
+        """Raise Interrupted if `number`, the same on every rank, is that of a signal and not 0."""
+        if number:
+            name = signal.Signals(number).name
+            raise Interrupted(
+                f"stopped by {name} after step {step}; the same command{self._how} goes on after it", number
+            )

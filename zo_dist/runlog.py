@@ -7,11 +7,15 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+
+from zo_dist.evaluate import Score
+from zo_dist.files import append_whole, naming
 
 METRICS = "metrics.jsonl"
 
@@ -34,7 +38,8 @@ class RunLog:
         done: int = 0,
         events: Sequence[dict[str, Any]] = (),
     ) -> None:
-        self._file = self._board = None
+        self._file: FileIO | None = None
+        self._board: Any = None
         # A bar that is not looked at, in a log file, is redrawn seldom.
         seldom = 0.5 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
@@ -44,9 +49,11 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ".metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+        with naming(partial):
+            partial.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
         partial.replace(folder / METRICS)
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        # Unbuffered: what could not be written is not tried again, unasked, when the file is closed.
+        self._file = FileIO(folder / METRICS, "ab")
         if tensorboard:
             # Slow to import, and optional.
             from torch.utils.tensorboard import SummaryWriter
@@ -54,20 +61,31 @@ class RunLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
 
     def write(self, event: str, step: int | None = None, **values: Any) -> None:
-        """Append one record; numbers go to TensorBoard too, under `event/key`."""
+        """Append one record; numbers go to TensorBoard too, under `event/key`. OSError on a full disk."""
         if self._file is None:
             return
         record = {"event": event, "step": step} if step is not None else {"event": event}
         record.update({key: _finite(value) for key, value in values.items()})
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        append_whole(self._file, (json.dumps(record) + "\n").encode())
         if event == "eval":
             # Few, and a run cannot go on without the first.
-            os.fsync(self._file.fileno())
+            with naming(Path(os.fsdecode(self._file.name))):
+                os.fsync(self._file.fileno())
         if self._board is not None and step is not None:
             for key, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{event}/{key}", value, step)
+
+    def write_score(self, split: str, score: Score, rows: int, step: int, seconds: float) -> None:
+        """Append an `eval`: the score of the first `rows` rows of a split."""
+        self.write(
+            *("eval", step),
+            split=split,
+            rows=rows,
+            seconds=seconds,
+            accuracy=score.accuracy,
+            loss=score.loss,
+        )
 
     def advance(self, **shown: str) -> None:
         """Move the progress bar by one step and show these beside it."""
@@ -75,17 +93,22 @@ class RunLog:
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
+    def close(self) -> None:
+        """Also a second time. OSError if TensorBoard has records left that the disk does not take."""
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        board, self._board = self._board, None
+        if board is not None:
+            board.close()
+
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

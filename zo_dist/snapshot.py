@@ -8,9 +8,8 @@ other wrote. Frozen weights and buffers are the base model's and are not in it.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from zo_dist.files import fault_of, read_checked, sync_and_check, write_checked
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.params import Param, Span
 
 _MANIFEST = "manifest.json"
-_READ = 1 << 24  # bytes at a time, of a file that is checked
 
 
 class SnapshotError(ValueError):
@@ -36,20 +35,38 @@ def save_snapshot(optimizer: ZeroOrder, folder: str | Path, keep: int | None = N
 
     Each piece of a weight is written by the first rank that holds it. The snapshot appears, complete, by a
     rename; `keep`: so many are left, the newest. Raises on every rank if a write fails, which leaves
-    those that were there. Cost: the trained weights written once, read once more for the checksums.
+    those that were there. Cost: the trained weights copied, written once, and read once for the checksums.
     """
-    engine, folder = optimizer.engine, Path(folder)
-    final = folder / f"step-{optimizer.step_count:08}"
-    partial = folder / f".{final.name}.partial"
-    digest, holders = weights_digest(optimizer, optimizer.params), engine.holders(optimizer.params)
-    with engine.jointly():
-        if engine.rank == 0:
-            # What an earlier process was killed over.
-            for left in folder.glob(".step-*"):
-                shutil.rmtree(left)
-            partial.mkdir(parents=True)
-    name, size, checksum = f"rank-{engine.rank:05}.safetensors", 0, 0
-    with engine.jointly():
+    return PendingSnapshot(optimizer, folder, keep).finish()
+
+
+class PendingSnapshot:
+    """What `save_snapshot` does, in two parts: between them a thread writes while the weights may change.
+
+    Every rank must make it, and later call `finish`; one at a time. Until its file is `written`, a rank
+    holds a copy in CPU memory of what it writes: its trained weights, and as much as rounding lost of them.
+    """
+
+    def __init__(self, optimizer: ZeroOrder, folder: str | Path, keep: int | None = None) -> None:
+        engine = self._engine = optimizer.engine
+        self._folder, self._keep = Path(folder), keep
+        self._final = self._folder / f"step-{optimizer.step_count:08}"
+        self._partial = self._folder / f".{self._final.name}.partial"
+        digest, holders = weights_digest(optimizer, optimizer.params), engine.holders(optimizer.params)
+        with engine.jointly():
+            if engine.rank == 0:
+                # What an earlier process was killed over.
+                for left in self._folder.glob(".step-*"):
+                    shutil.rmtree(left)
+                self._partial.mkdir(parents=True)
+        record = optimizer.record.pack(len(optimizer.arms)) if optimizer.step_count else None
+        self._manifest = {
+            "step": optimizer.step_count,
+            "weights": digest,
+            "record": record and google_crc32c.value(record),
+            "sampler": optimizer.sampler.state_dict(),
+            "skipped": [optimizer.skipped, optimizer.skipped_in_a_row],
+        }
         tensors = {}
         for span in engine.spans(optimizer.params):
             first = min(rank for rank, offset, _ in holders[span.name] if offset == span.offset)
@@ -57,25 +74,46 @@ def save_snapshot(optimizer: ZeroOrder, folder: str | Path, keep: int | None = N
                 tensors[_key("weight", span)] = _on_cpu(span.flat)
                 if span.name in optimizer.rounding.lost:
                     tensors[_key("lost", span)] = _on_cpu(optimizer.rounding.lost[span.name])
-        save_file(tensors, partial / name)
-        size, checksum = _sync_and_check(partial / name)
-    files = engine.exchange([float(size), float(checksum)]).to(torch.int64).tolist()
-    with engine.jointly():
-        if engine.rank == 0:
-            manifest = {
-                "step": optimizer.step_count,
-                "files": {f"rank-{rank:05}.safetensors": file for rank, file in enumerate(files)},
-                "weights": digest,
-                "record": google_crc32c.value(optimizer.record.pack(len(optimizer.arms))),
-                "sampler": optimizer.sampler.state_dict(),
-                "skipped": [optimizer.skipped, optimizer.skipped_in_a_row],
-            }
-            _write_manifest(partial / _MANIFEST, manifest)
-            remove_snapshot(final)
-            partial.replace(final)
-            for old in snapshots_in(folder)[:-keep] if keep else []:
-                remove_snapshot(old)
-    return final
+        self._file: tuple[int, int] = (0, 0)
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._write, args=(tensors,), name="snapshot")
+        self._thread.start()
+
+    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
+        path = self._partial / _file_of(self._engine.rank)
+        try:
+            save_file(tensors, path)
+            self._file = sync_and_check(path)
+        except Exception as error:
+            # Of safetensors they are no OSErrors and name no file.
+            self._error = OSError(f"{path} cannot be written: {error}")
+
+    @property
+    def written(self) -> bool:
+        """Is the file of this rank on the disk, or cannot be?"""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until it is `written`. No collective."""
+        self._thread.join()
+
+    def finish(self) -> Path:
+        """Wait for every rank's file and let the snapshot appear; returns it. Raises as `save_snapshot`."""
+        self.wait()
+        engine = self._engine
+        with engine.jointly():
+            if self._error is not None:
+                raise self._error
+        files = engine.exchange([float(x) for x in self._file]).to(torch.int64).tolist()
+        with engine.jointly():
+            if engine.rank == 0:
+                named = {_file_of(rank): file for rank, file in enumerate(files)}
+                write_checked(self._partial / _MANIFEST, {**self._manifest, "files": named})
+                remove_snapshot(self._final)
+                self._partial.replace(self._final)
+                for old in snapshots_in(self._folder)[: -self._keep] if self._keep else []:
+                    remove_snapshot(old)
+        return self._final
 
 
 def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
@@ -130,22 +168,18 @@ def snapshots_in(folder: Path) -> list[Path]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the snapshot at `path`. SnapshotError if it is damaged."""
     try:
-        checksum, _, text = (path / _MANIFEST).read_bytes().partition(b"\n")
+        return read_checked(path / _MANIFEST)
     except OSError as error:
         raise SnapshotError(f"{path} is no snapshot: {error.strerror}") from error
-    if checksum != b"%08x" % google_crc32c.value(text):
-        raise SnapshotError(f"{path / _MANIFEST} is damaged; {_remedy(path)}")
-    manifest: dict[str, Any] = json.loads(text)
-    return manifest
+    except ValueError as error:
+        raise SnapshotError(f"{error}; {_remedy(path)}") from error
 
 
 def check_file(path: Path, expected: list[int]) -> None:
     """SnapshotError if a file of a snapshot is missing or has other bytes than the manifest says."""
-    size, checksum = expected
-    if not path.is_file():
-        raise SnapshotError(f"{path} is missing; {_remedy(path.parent)}")
-    if path.stat().st_size != size or _checksum(path) != checksum:
-        raise SnapshotError(f"{path} is damaged: it has other bytes than were saved; {_remedy(path.parent)}")
+    fault = fault_of(path, expected)
+    if fault:
+        raise SnapshotError(f"{path} {fault}; {_remedy(path.parent)}")
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,6 +188,10 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 def _remedy(path: Path) -> str:
     return f"delete {path}: a run goes on from the snapshot before it, or from its base model, by its log"
+
+
+def _file_of(rank: int) -> str:
+    return f"rank-{rank:05}.safetensors"
 
 
 def _key(kind: str, span: Span) -> str:
@@ -195,25 +233,3 @@ def _read_piece(
             "is of other parameters or another rounding mode"
         )
     return out
-
-
-def _sync_and_check(path: Path) -> tuple[int, int]:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size, _checksum(path)
-
-
-def _checksum(path: Path) -> int:
-    total = 0
-    with path.open("rb") as file:
-        while data := file.read(_READ):
-            total = google_crc32c.extend(total, data)
-    return total
-
-
-def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest).encode()
-    with path.open("wb") as file:
-        file.write(b"%08x\n" % google_crc32c.value(text) + text)
-        file.flush()
-        os.fsync(file.fileno())

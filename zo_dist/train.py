@@ -1,4 +1,4 @@
-"""What the commands do: train, evaluate, replay. `run_training` is the order of a run."""
+"""What the commands do: train, evaluate, replay, export. `run_training` is the order of a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,13 +21,15 @@ from zo_dist.config import Config
 from zo_dist.data import RunData, load_data
 from zo_dist.engines import Engine, on_each_node_first, select
 from zo_dist.evaluate import Score
+from zo_dist.files import naming
 from zo_dist.loop import Loop, score
 from zo_dist.models import load_model, load_tokenizer, longest_input
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.replay import replay
 from zo_dist.report import plot_run
-from zo_dist.resume import begin, find_earlier, go_on
+from zo_dist.resume import StopRequests, begin, find_earlier, go_on, last_snapshot, sole_use
 from zo_dist.runlog import RunLog
+from zo_dist.trajectory import TrajectoryReader
 
 T = TypeVar("T")
 
@@ -92,56 +95,69 @@ def run_training(config: Config, ranks: Engine) -> dict[str, Any]:
     tensorboard/, best/, last/, run.png, result.json. If an earlier process left its log there, its steps
     are replayed and the run goes on after them. `seconds` in the result is the wall clock from the first
     step to the last, with the evaluations and saves between them; without loading, compiling and the
-    start-up check, and without the test before and after. Raises Interrupted after SIGTERM or SIGINT.
+    start-up check, and without the test before and after. Raises Interrupted after SIGTERM or
+    SIGINT, before the next step, save or evaluation.
     """
     prepared = prepare(config, ranks)
+    with sole_use(Path(config.train.output), ranks), StopRequests(config, ranks) as stop:
+        return _run(config, ranks, prepared, stop)
+
+
+def _run(config: Config, ranks: Engine, prepared: Prepared, stop: StopRequests) -> dict[str, Any]:
     earlier = find_earlier(config, prepared.data.train, ranks)
     optimizer = build_optimizer(config, prepared.model)
     engine, data, output = optimizer.engine, prepared.data, Path(config.train.output)
     done = earlier.steps if earlier else 0
-    with engine.jointly():
-        if engine.rank == 0:
-            output.mkdir(parents=True, exist_ok=True)
-    with (
-        go_on(earlier, optimizer, config) if earlier else begin(config, optimizer, data) as append,
-        RunLog(
-            output,
-            rank=engine.rank,
-            steps=config.train.steps,
-            tensorboard=config.train.tensorboard,
-            done=done,
-            events=earlier.events if earlier else (),
-        ) as run_log,
-    ):
-        run_log.write(
-            "run",
-            engine=engine.name,
-            ranks=engine.num_ranks,
-            done=done,
-            rows_truncated=data.truncated,
-            arms=[arm.name for arm in optimizer.arms],
-            trained_parameters=sum(p.numel for p in optimizer.params),
-        )
+    with ExitStack() as stack:
+        opened = go_on(earlier, optimizer, config) if earlier else begin(config, optimizer, data)
+        append = stack.enter_context(opened)
+        with engine.jointly():
+            run_log = RunLog(
+                output,
+                rank=engine.rank,
+                steps=config.train.steps,
+                tensorboard=config.train.tensorboard,
+                done=done,
+                events=earlier.events if earlier else (),
+            )
+            stack.enter_context(run_log)
+            run_log.write(
+                "run",
+                engine=engine.name,
+                ranks=engine.num_ranks,
+                done=done,
+                rows_truncated=data.truncated,
+                arms=[arm.name for arm in optimizer.arms],
+                trained_parameters=sum(p.numel for p in optimizer.params),
+            )
+        stop.heed(done)
         if earlier:
             (first,) = (event for event in earlier.evals("test") if event["step"] == 0)
             before = Score(first["accuracy"], math.nan if first["loss"] is None else first["loss"])
         else:
             before = score(config, engine, data, data.test)
-            run_log.write("eval", 0, split="test", seconds=0.0, accuracy=before.accuracy, loss=before.loss)
+            with engine.jointly():
+                run_log.write_score("test", before, len(data.test), 0, 0.0)
+            stop.heed(0)
         log.info("before training: test accuracy %.4f, loss %.4f", before.accuracy, before.loss)
-        seconds = Loop(config, optimizer, data, prepared.tokenizer, run_log, append, earlier).run()
+        seconds = Loop(config, optimizer, data, prepared.tokenizer, run_log, append, stop, earlier).run()
         steps = optimizer.step_count
         if config.train.save_last:
+            stop.heed(steps)
             save_model(engine, output / "last", prepared.tokenizer)
+        stop.heed(steps)
         after = score(config, engine, data, data.test)
-        run_log.write("eval", steps, split="test", seconds=seconds, accuracy=after.accuracy, loss=after.loss)
+        with engine.jointly():
+            run_log.write_score("test", after, len(data.test), steps, seconds)
+            run_log.close()
         log.info("after training: test accuracy %.4f, loss %.4f", after.accuracy, after.loss)
     result: dict[str, Any] = {"accuracy_before": before.accuracy, "accuracy_after": after.accuracy}
     result.update(loss_before=before.loss, loss_after=after.loss, steps=steps, seconds=round(seconds, 2))
     result.update(engine=engine.name, ranks=engine.num_ranks)
     with engine.jointly():
         if engine.rank == 0:
-            (output / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+            with naming(output / "result.json"):
+                (output / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
             log.info("plot: %s", plot_run(output))
     return result
 
@@ -157,21 +173,33 @@ def run_evaluation(config: Config, ranks: Engine) -> dict[str, Any]:
     }
 
 
-def run_replay(config: Config, log: Path, out: Path, steps: int | None, ranks: Engine) -> dict[str, Any]:
+def run_replay(
+    config: Config, log: Path, out: Path, steps: int | None, ranks: Engine, *, from_snapshot: bool = False
+) -> dict[str, Any]:
     """Replay on the model that the config names and save the result to the folder `out`.
 
-    Every rank must call it. Returns what it did, the same on every rank but for the clock.
+    `from_snapshot`: only the steps after the newest snapshot beside the log that is not too new. Every rank
+    must call it. Returns what it did, the same on every rank but for the clock.
     """
     ranks.require_equal("the config", config.flat())
+    snapshot: Path | None = None
+    if from_snapshot:
+        with ranks.jointly():
+            logged = sum(1 for _ in TrajectoryReader(log))
+            snapshot = last_snapshot(log.parent, logged if steps is None else steps)
+        ranks.require_equal("the run's folder", {"snapshot": snapshot})
     tokenizer, hf_config = fetched(lambda: load_tokenizer(config.model))
     model = load_model(config, hf_config, ranks.device, ranks.rank, ranks.num_ranks)
     # The same bits, sooner.
     fast = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, compile=True))
     optimizer = build_optimizer(fast, model)
     start = time.perf_counter()
-    done = replay(optimizer, log, steps)
+    done = replay(optimizer, log, steps, snapshot)
     seconds = time.perf_counter() - start
     save_model(optimizer.engine, out, tokenizer)
     result: dict[str, Any] = {"steps": done, "seconds": round(seconds, 2), "model": str(out)}
-    result["steps_per_second"] = round(done / seconds, 2)
+    if snapshot is None:
+        result["steps_per_second"] = round(done / seconds, 2)
+    else:
+        result["snapshot"] = str(snapshot)
     return result | {"engine": optimizer.engine.name, "ranks": optimizer.engine.num_ranks}

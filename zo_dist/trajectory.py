@@ -1,6 +1,6 @@
 """The log of a run: enough to rebuild its weights from the starting ones, without data or forwards.
 
-One record per step, some 40 bytes per direction (docs/trajectory.md has the format): the learning
+One record per step, some 20 to 40 bytes per direction (docs/trajectory.md has the format): the learning
 rate, and for each direction its slope, the arms it drew and the scale of its noise in each. Records are
 only ever appended, and every byte is under a checksum. A last record that was cut short, as a process
 that was killed leaves it, is dropped; anything else that does not fit is an error.
@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -23,9 +24,10 @@ from typing import Any, BinaryIO
 import google_crc32c
 import torch
 
+from zo_dist.files import append_whole, naming
 from zo_dist.samplers import Draw
 
-MAGIC, VERSION = b"zo_dist\n", 1
+MAGIC, VERSION = b"zo_dist\n", 2
 
 _U32, _STEP = struct.Struct("<I"), struct.Struct("<QdH")
 # A length is believed only with its checksum: one that points past the end of the file would else
@@ -83,27 +85,36 @@ class StepRecord:
         for slope, arms, scales in zip(self.slopes, self.arms, self.scales, strict=True):
             mask = sum(1 << arm for arm in arms).to_bytes(-(-num_arms // 8), "little")
             packed = [struct.pack("<f", scale) for scale in scales]
-            # Samplers that do not weigh arms give all the same scale: it is stored once.
-            alone = len(set(packed)) == 1
-            parts += [struct.pack("<d?", slope, alone), mask, *(packed[:1] if alone else packed)]
+            # Samplers that do not weigh arms give all the same scale, and one that clips gives many it.
+            distinct = list(dict.fromkeys(packed))
+            body = b"".join(distinct) + _pack_indices([distinct.index(scale) for scale in packed])
+            if len(distinct) > 255 or len(body) >= 4 * len(packed):
+                distinct, body = [], b"".join(packed)
+            parts += [struct.pack("<dB", slope, len(distinct)), mask, body]
         return b"".join(parts)
 
     @staticmethod
     def unpack(data: bytes, num_arms: int) -> StepRecord:
-        """What `pack` packed. struct.error or ValueError if it is none."""
+        """What `pack` packed. struct.error, ValueError or IndexError if it is none."""
         step, lr, count = _STEP.unpack_from(data)
         at, width = _STEP.size, -(-num_arms // 8)
         slopes, drawn, scaled = [], [], []
         for _ in range(count):
-            slope, alone = struct.unpack_from("<d?", data, at)
+            slope, num_distinct = struct.unpack_from("<dB", data, at)
             mask = int.from_bytes(data[at + 9 : at + 9 + width], "little")
             arms = tuple(arm for arm in range(num_arms) if mask >> arm & 1)
             at += 9 + width
-            stored = struct.unpack_from(f"<{1 if alone else len(arms)}f", data, at)
+            stored = struct.unpack_from(f"<{num_distinct or len(arms)}f", data, at)
             at += 4 * len(stored)
+            if num_distinct:
+                bits = _index_bits(num_distinct)
+                size = -(-len(arms) * bits // 8)
+                indices = int.from_bytes(data[at : at + size], "little")
+                at += size
+                stored = tuple(stored[indices >> i * bits & (1 << bits) - 1] for i in range(len(arms)))
             slopes.append(slope)
             drawn.append(arms)
-            scaled.append(stored * len(arms) if alone else stored)
+            scaled.append(stored)
         if at != len(data):
             raise ValueError(f"{len(data) - at} bytes too many")
         return StepRecord(step, lr, tuple(slopes), tuple(drawn), tuple(scaled))
@@ -148,7 +159,7 @@ class TrajectoryReader:
                     break
                 try:
                     record = StepRecord.unpack(data, num_arms)
-                except (struct.error, ValueError) as error:
+                except (struct.error, ValueError, IndexError) as error:
                     raise self._damaged(at, str(error)) from error
                 if record.step != step:
                     raise self._damaged(at, f"step {record.step} follows where step {step} should")
@@ -228,21 +239,15 @@ class TrajectoryWriter:
     def _continue(self, path: Path, num_arms: int, sync_every: int) -> None:
         self.path, self._num_arms, self._sync_every, self._unsynced = path, num_arms, sync_every, 0
         # Unbuffered: a record is one write, and is with the system when `append` returns.
-        self._file = path.open("ab", buffering=0)
+        self._file = FileIO(path, "ab")
 
     def append(self, record: StepRecord) -> None:
         """Add one step. If that fails in the middle, what was written of it is taken back."""
-        data, start = _framed(record.pack(self._num_arms)), os.fstat(self._file.fileno()).st_size
-        try:
-            written = self._file.write(data)
-            if written != len(data):
-                raise OSError(f"{self.path}: only {written} of {len(data)} bytes could be written")
-        except OSError:
-            self._file.truncate(start)
-            raise
+        append_whole(self._file, _framed(record.pack(self._num_arms)))
         self._unsynced += 1
         if self._sync_every and self._unsynced >= self._sync_every:
-            os.fsync(self._file.fileno())
+            with naming(self.path):
+                os.fsync(self._file.fileno())
             self._unsynced = 0
 
     def close(self) -> None:
@@ -257,6 +262,17 @@ class TrajectoryWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _index_bits(num_distinct: int) -> int:
+    return (num_distinct - 1).bit_length()
+
+
+def _pack_indices(indices: list[int]) -> bytes:
+    """Each in as few bits as the largest of them needs, the first in the lowest."""
+    bits = _index_bits(max(indices, default=0) + 1)
+    packed = sum(index << i * bits for i, index in enumerate(indices))
+    return packed.to_bytes(-(-len(indices) * bits // 8), "little")
 
 
 def _framed(data: bytes) -> bytes:

@@ -7,6 +7,8 @@ kills -9 that many times; without the variable it is a few, as in CI.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import random
 import shutil
@@ -20,14 +22,16 @@ from typing import Any
 
 import pytest
 import torch
+from injected import files_no_longer_than
 from tiny_run import environment, tiny_config, write_config
 from workers import Pool, needs_deepspeed
 
+from zo_dist import train as train_module
 from zo_dist.cli import main
 from zo_dist.config import load_config
 from zo_dist.engines import Engine
 from zo_dist.optimizer import ZeroOrder
-from zo_dist.runlog import read_metrics
+from zo_dist.runlog import RunLog, read_metrics
 from zo_dist.train import run_training
 from zo_dist.trajectory import TrajectoryReader
 
@@ -172,6 +176,62 @@ def test_a_signal_stops_the_run_after_a_whole_step(tmp_path: Path, number: signa
             assert mine.read_bytes() == other.read_bytes()
 
 
+def sends(number: int, times: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, during which this process is sent a signal."""
+
+    def during(*args: Any) -> Any:
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+        return function(*args)
+
+    return during
+
+
+@pytest.mark.parametrize(
+    ("place", "steps", "left"),
+    [
+        ("zo_dist.train.score", 0, []),
+        ("zo_dist.loop.score", 2, []),
+        ("zo_dist.loop.save_model", 3, ["best"]),
+        ("zo_dist.train.save_model", 4, ["best", "last"]),
+    ],
+    ids=["the test before", "an evaluation", "a save", "the last save"],
+)
+def test_a_signal_outside_of_steps_is_heeded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, steps: int, left: list[str]
+) -> None:
+    path, run = write_config(tmp_path, train={"steps": 4}), tmp_path / "run"
+    assert main(["train", str(path), f"train.output={tmp_path / 'other'}"]) == 0
+    module, _, name = place.rpartition(".")
+    function = getattr(sys.modules[module], name)
+    with monkeypatch.context() as context:
+        context.setattr(place, sends(signal.SIGTERM, 1, function))
+        assert main(["train", str(path)]) == 128 + signal.SIGTERM
+    assert len(list(TrajectoryReader(run / "trajectory.zo"))) == steps
+    assert [name for name in ("best", "last") if (run / name).exists()] == left
+    assert not (run / "result.json").exists()
+    assert main(["train", str(path)]) == 0
+    assert left_by(run) == left_by(tmp_path / "other")
+
+
+def test_a_signal_during_the_last_evaluation_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, function = write_config(tmp_path), train_module.score
+    assert main(["train", str(path)]) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    # Of a run that is over, the test after training is all that is made again.
+    monkeypatch.setattr(train_module, "score", sends(signal.SIGINT, 1, function))
+    assert main(["train", str(path), "train.save_last=false"]) == 0
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_second_signal_is_not_kept_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "score", sends(signal.SIGINT, 2, train_module.score))
+    with pytest.raises(KeyboardInterrupt):
+        main(["train", str(write_config(tmp_path))])
+
+
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """The processes that a launcher started."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
@@ -212,6 +272,26 @@ def test_a_restart_by_a_launcher_goes_on_with_its_run(
     assert main(["train", str(path), "train.steps=5"]) == 0
     assert left_by_log(log).startswith(before)
     assert len(list(TrajectoryReader(log))) == 5
+
+
+def test_a_folder_is_used_by_one_run_at_a_time(
+    tmp_path: Path, pool: Callable[[int], Pool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    path = write_config(tmp_path, train={"steps": 100_000, "eval_every": 0, "snapshot_every": 0})
+    process = started(path, run)
+    try:
+        wait_for_steps(process, run, 3)
+        for existing in ("resume", "replace"):
+            assert main(["train", str(path), f"train.existing={existing}", "train.steps=1"]) == 2
+            assert f"another run is using train.output={run}: wait until" in capsys.readouterr().err
+        for error in pool(2).errors(train, path, ["train.steps=1"]):
+            assert "another run is using train.output" in error
+        wait_for_steps(process, run, len(read_metrics(run)) + 3)  # it was not disturbed
+    finally:
+        process.kill()
+        process.communicate()
+    assert main(["train", str(path), "train.steps=1"]) == 0
 
 
 # What is wrong in a folder is said before anything is written.
@@ -301,6 +381,21 @@ def test_the_evaluation_of_the_last_step_is_made_up_for(tmp_path: Path) -> None:
         assert left_by(run)["best/model.safetensors"] == best
 
 
+def test_losses_over_other_rows_are_not_compared(tmp_path: Path) -> None:
+    path, run = write_config(tmp_path, train={"steps": 2, "eval_rows": 1}), tmp_path / "run"
+    assert main(["train", str(path)]) == 0
+    metrics, best = run / "metrics.jsonl", run / "best" / "model.safetensors"
+    # A row that happens to be easy.
+    events = [{**e, "loss": 0.001} if e.get("split") == "validation" else e for e in read_metrics(run)]
+    metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
+    before = best.read_bytes()
+    assert main(["train", str(path), "train.steps=4"]) == 0
+    assert best.read_bytes() == before
+    assert main(["train", str(path), "train.steps=6", "train.eval_rows=9"]) == 0
+    assert best.read_bytes() != before
+    assert [e["rows"] for e in read_metrics(run) if e["event"] == "eval"] == [21, 1, 1, 9, 21]
+
+
 def test_snapshots_of_steps_that_the_log_lost_are_deleted(tmp_path: Path) -> None:
     """As a machine that fails may lose the end of the log and keep what was written after it."""
     path = write_config(
@@ -321,6 +416,40 @@ def test_a_run_whose_time_is_up_takes_no_further_step(tmp_path: Path) -> None:
     steps = len(list(TrajectoryReader(tmp_path / "run" / "trajectory.zo")))
     assert main(["train", str(path)]) == 0
     assert len(list(TrajectoryReader(tmp_path / "run" / "trajectory.zo"))) == steps
+
+
+def train_on_a_full_disk(path: Path, overrides: list[str], event: str, call: int) -> None:
+    """Training in which the disk takes no more when `event` is written for the `call`th time."""
+    write, calls = RunLog.write, itertools.count(1)
+
+    def on_a_full_disk(self: Any, name: str, *args: Any, **values: Any) -> None:
+        file = self._file
+        if file is None or name != event or next(calls) != call:
+            return write(self, name, *args, **values)
+        with files_no_longer_than(os.fstat(file.fileno()).st_size + 10):
+            write(self, name, *args, **values)
+
+    RunLog.write = on_a_full_disk  # type: ignore[method-assign]
+    try:
+        train(path, overrides)
+    finally:
+        RunLog.write = write  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("event", "call"), [("run", 1), ("eval", 1), ("step", 3), ("eval", 2), ("eval", 3)])
+def test_every_rank_learns_that_the_metrics_cannot_be_written(
+    pool: Callable[[int], Pool], tmp_path: Path, event: str, call: int
+) -> None:
+    path, run = write_config(tmp_path, train={"steps": 4, "eval_every": 4}), tmp_path / "run"
+    for error in pool(2).errors(train_on_a_full_disk, path, [], event, call):
+        assert "metrics.jsonl" in error
+        assert "could be written" in error
+    events = read_metrics(run)
+    assert sum(e["event"] == event for e in events) == call - 1
+    assert run.joinpath("metrics.jsonl").read_bytes().endswith(b"\n") or not events
+    pool(2).run(train, path, [])
+    assert len(list(TrajectoryReader(run / "trajectory.zo"))) == 4
+    assert (run / "result.json").exists()
 
 
 def train_with_a_bit_that_flips(path: Path, overrides: list[str], odd: int, at: int) -> None:
