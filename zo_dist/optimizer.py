@@ -15,12 +15,14 @@ from zo_dist.engines import select
 from zo_dist.estimators import Estimator, TwoSided
 from zo_dist.noise import Law, Noise
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
+from zo_dist.parts import Shifts
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 from zo_dist.prefix import PrefixUnsafeError
 from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, closure_sums, first_row, num_rows
 from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
+from zo_dist.scale import Scale
 from zo_dist.selfcheck import check_engine
 from zo_dist.trajectory import StepRecord, TrajectoryError
 from zo_dist.update import update_span, use_each_kernel
@@ -67,6 +69,7 @@ class ZeroOrder(torch.optim.Optimizer):
         estimator: Estimator | None = None,
         coefficients: Coefficients | None = None,
         rule: Rule | None = None,
+        scale: Scale | None = None,
         directions: int = 1,
         perturb: Perturb = "module",
         noise: Law = "rademacher",
@@ -99,6 +102,9 @@ class ZeroOrder(torch.optim.Optimizer):
             self.coefficients = coefficients or Raw()
             self.coefficients.bind(directions)
             self.rule = rule or SGD()
+            self.scale = scale or Scale()
+            self.scale.bind(self.arms)
+            self.factors: dict[str, float] = {}
             self.rounding = Rounding16(rounding, self.noise)
             for part in (self.rule, self.rounding):
                 part.begin(self.engine.spans(self.params))
@@ -146,14 +152,17 @@ class ZeroOrder(torch.optim.Optimizer):
         self.step_count += 1
         # torch's schedulers look here for whether a step came before theirs; `step_batch` is one too.
         self._opt_called = True
+        self.factors = self.scale.factors(self.engine)
         draws = [self.sampler.draw(step, d) for d in range(self.directions)]
         with evaluating(self.engine.module):
-            sums = self.engine.reduce(self._sums(evaluate, draws, step), alike=(lr, draws, self.record))
+            alike = lr, draws, self.record, self.factors
+            sums = self.engine.reduce(self._sums(evaluate, draws, step), alike)
         losses, weights = sums[..., 0] / sums[..., 1], sums[..., 1].sum(1)
+        of_sides = (sums[..., 0].sum(0) / sums[..., 1].sum(0)).tolist()
         slopes = self.estimator.slopes(losses, self.eps)
         # Each direction's share of the rows (or tokens): the update is the mean over all rows.
         coefs = slopes.new_tensor(self.coefficients.of(slopes.tolist())) * weights / weights.sum()
-        self.record = StepRecord.of(step, lr, draws, slopes.tolist(), coefs.tolist())
+        self.record = StepRecord.of(step, lr, draws, slopes.tolist(), coefs.tolist(), of_sides)
         if not self.record.finite:
             return self._skip(step, lr)
         self._finish(self.record, draws)
@@ -164,6 +173,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self._write(record)
         self.sampler.observe(draws, record.slopes)
         self.coefficients.observe(record.slopes)
+        self.scale.observe(record)
         self.skipped_in_a_row = 0
 
     def _write(self, record: StepRecord) -> None:
@@ -174,7 +184,8 @@ class ZeroOrder(torch.optim.Optimizer):
         for span in self.engine.spans([p for p, _ in params.values()]):
             param, arm = params[span.name]
             args = self.rule, self.rounding, self.noise, record.step, record.lr, self.writes[arm]
-            update_span(span, param, terms[arm], *args)
+            factor = self.factors.get(span.name, 1.0)
+            update_span(span, param, [(d, coef * factor) for d, coef in terms[arm]], *args)
         self.engine.publish()
 
     @torch.no_grad()
@@ -187,6 +198,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         if record.step != self.step_count:
             raise TrajectoryError(f"step {record.step} cannot follow: the next is step {self.step_count}")
+        self.factors = self.scale.factors(self.engine)
         draws = [self.sampler.draw(record.step, d) for d in range(len(record.slopes))]
         if tuple(draw.arms for draw in draws) != record.arms:
             raise TrajectoryError(
@@ -211,11 +223,12 @@ class ZeroOrder(torch.optim.Optimizer):
     def _probes(self, draws: list[Draw], step: int) -> StepProbes:
         drawn = [[p for arm in d.arms for p in self.arms[arm].params] for d in draws]
         perturbation: ModulePerturbation | ShardPerturbation
+        shifts = Shifts(self.noise, step, self.eps, self.factors)
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
-            perturbation = ModulePerturbation(list(union.values()), self.noise, step, self.eps, self.layers)
+            perturbation = ModulePerturbation(list(union.values()), shifts, self.layers)
         else:
-            perturbation = ShardPerturbation(self.noise, step, self.eps, self.engine.publish)
+            perturbation = ShardPerturbation(shifts, self.engine.publish)
         return StepProbes(self.engine, drawn, self.estimator, self.eps, perturbation)
 
     def _skip(self, step: int, lr: float) -> float:
@@ -286,7 +299,7 @@ class ZeroOrder(torch.optim.Optimizer):
         settings: dict[str, object] = {"lr": lr, "eps": self.eps, "directions": self.directions}
         settings.update(perturb=self.perturb, noise=self.noise.law, seed=self.noise.seed)
         settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
-        for part in (self.sampler, self.estimator, self.coefficients, self.rule):
+        for part in (self.sampler, self.estimator, self.coefficients, self.rule, self.scale):
             settings[type(part).__name__] = options_of(part)
         settings["parameters"] = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in self.params]
         return settings
@@ -305,12 +318,14 @@ class ZeroOrder(torch.optim.Optimizer):
             "writes": list(self.writes),
             "sampler": self.sampler.state_dict(),
             "coefficients": self.coefficients.state_dict(),
+            "scale": self.scale.state_dict(),
         }
 
     @scalars.setter
     def scalars(self, scalars: dict[str, Any]) -> None:
         self.sampler.load_state_dict(scalars["sampler"])
         self.coefficients.load_state_dict(scalars["coefficients"])
+        self.scale.load_state_dict(scalars["scale"])
         self.step_count, self.writes = scalars["step"], list(scalars["writes"])
         self.skipped, self.skipped_in_a_row = scalars["skipped"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,18 +36,26 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Shifts:
-    """Weights at the probes of one step: `eps` is the perturbation size, `step` keys the noise."""
+    """Weights at the probes of one step.
+
+    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`.
+    """
 
     noise: Noise
     step: int
     eps: float
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def copies(
         self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
     ) -> None:
         """For each of one direction's probes, `flat` shifted; it begins at element `offset` of `name`."""
-        scales = [probe.sign * self.eps for probe in probes]
+        scales = [self.size(name, probe) for probe in probes]
         self.noise.shift(outs, flat, name, self.step, probes[0].direction, offset, scales)
+
+    def size(self, name: str, probe: Probe) -> float:
+        """What the noise of a parameter is multiplied by."""
+        return probe.sign * self.eps * self.factors.get(name, 1.0)
 
 
 class Scratch:
@@ -95,8 +103,8 @@ def looks_up_few(owner: nn.Module, ids: Tensor) -> bool:
 
 def looked_up(shifts: Shifts, table: Tensor, name: str, probe: Probe, ids: Tensor) -> Tensor:
     """What an nn.Embedding returns: the rows that are looked up are shifted, and no others."""
-    scale = probe.sign * shifts.eps
-    rows = shifts.noise.shift_rows(table, ids.reshape(-1), name, shifts.step, probe.direction, scale)
+    size = shifts.size(name, probe)
+    rows = shifts.noise.shift_rows(table, ids.reshape(-1), name, shifts.step, probe.direction, size)
     return rows.view(*ids.shape, -1)
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from zo_dist.noise import Noise
 from zo_dist.params import Owner, Param, Span
 from zo_dist.parts import (
     Probe,
@@ -45,19 +44,17 @@ class ModulePerturbation:
 
     Cost: one pass over each drawn weight per probe, a scratch copy of the largest owner, no traffic.
     Engine hooks (a ZeRO-3 gather, an FSDP2 unshard) run around the wrapped forward, so what is
-    shifted is the gathered weight. `eps` is the perturbation size, `step` keys the noise. With
-    `layers` (the model's repeated blocks in order), those before the first drawn one run once.
+    shifted is the gathered weight. With `layers` (the model's repeated blocks in order), those before
+    the first drawn one run once.
     """
 
     def __init__(
         self,
         params: Sequence[Param],
-        noise: Noise,
-        step: int,
-        eps: float,
+        shifts: Shifts,
         layers: Sequence[nn.Module] = (),
     ) -> None:
-        self._shifts, self._scratch = Shifts(noise, step, eps), Scratch()
+        self._shifts, self._scratch = shifts, Scratch()
         self._owned: dict[nn.Module, list[tuple[Owner, Param]]] = {}
         for param in params:
             for owner in param.owners:
@@ -268,8 +265,8 @@ class ShardPerturbation:
     that come back are those that were there. Every rank must hold the same direction at a time.
     """
 
-    def __init__(self, noise: Noise, step: int, eps: float, publish: Callable[[], None]) -> None:
-        self._shifts, self._publish = Shifts(noise, step, eps), publish
+    def __init__(self, shifts: Shifts, publish: Callable[[], None]) -> None:
+        self._shifts, self._publish = shifts, publish
 
     @contextmanager
     def shifted(self, spans: Sequence[Span], probe: Probe) -> Iterator[None]:
