@@ -80,14 +80,14 @@ def gather_state(engine: Engine, folder: Path) -> dict[str, Tensor]:
     engine.publish()
     state: dict[str, Tensor] = {}
     gathered: dict[nn.Parameter, Tensor] = {}
-    error: OSError | None = None
+    error: Exception | None = None
 
     def kept(tensor: Tensor) -> Tensor:
         nonlocal error
         if engine.rank == 0 and error is None:
             try:
                 return _mapped(tensor, folder / str(len(state)))
-            except OSError as caught:
+            except (OSError, RuntimeError) as caught:  # torch's, of a mapping, is no OSError
                 # The others gather on: they are told when all is over.
                 error = caught
         return torch.empty(0)

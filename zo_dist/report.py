@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from zo_dist.files import naming
 from zo_dist.runlog import read_metrics
 
 
@@ -33,5 +34,6 @@ def plot_run(folder: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.legend()
     path = folder / "run.png"
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
     return path

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import table
 import torch
 from injected import Injected, remembered_noise
 from models import build, cut, loss_of, rows_for
+from tiny_run import environment
 from workers import Pool, deepspeed_engine, digest, ds_config, needs_deepspeed, whole_weights, wrap
 
 PoolOf = Callable[[int], Pool]
@@ -112,6 +116,68 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(pool: PoolOf, engine: str, mode
 def test_too_many_nans_in_a_row_stop_the_run(pool: PoolOf, engine: str) -> None:
     for error in pool(2).errors(with_nan, engine, "module", 1):
         assert "NonFiniteLossError: 2 steps in a row" in error
+
+
+def with_a_bad_weight(engine: str, value: float) -> None:
+    """One stored number of rank 1 is none, as after bad memory or an update that overflowed."""
+    optimizer = make(engine, lr=0.1, directions=2, max_skipped=3)
+    spans = optimizer.engine.spans(optimizer.params)
+    if rank() == 1:
+        spans[-1].flat[0] = value
+    before = [span.flat.view(torch.int32).tolist() for span in spans]
+    batch = cut(rows_for("sequential", 6), 3 * rank(), 3 * rank() + 3)
+    try:
+        for _ in range(10):
+            optimizer.step_batch(batch, loss_of)
+    finally:
+        spans = optimizer.engine.spans(optimizer.params)
+        assert [span.flat.view(torch.int32).tolist() for span in spans] == before, "a rank wrote"
+        assert (optimizer.skipped, optimizer.step_count) == (4, 4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2"])
+def test_a_weight_that_is_no_number_stops_the_run(pool: PoolOf, engine: str, value: float) -> None:
+    for error in pool(2).errors(with_a_bad_weight, engine, value):
+        assert "NonFiniteLossError: 4 steps in a row had a loss that is not finite" in error
+        assert "more than max_skipped=3" in error
+
+
+FAILS_ON_RANK_1 = """
+import sys, torch, torch.distributed as dist, zo_dist
+from torch.distributed.fsdp import fully_shard
+from zo_dist.engines import initialize_process_group
+
+initialize_process_group()
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 2)
+if sys.argv[1] == "fsdp2":
+    fully_shard(model)
+optimizer = zo_dist.ZeroOrder(model)
+
+def row_loss(model, batch):
+    if dist.get_rank() == 1 and optimizer.step_count == 3:
+        raise RuntimeError("a row that cannot be scored")
+    return model(batch["x"]).sum(1)
+
+for _ in range(1000):
+    optimizer.step_batch({"x": torch.ones(2, 4)}, row_loss)
+"""
+
+
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2"])
+def test_a_loss_that_raises_on_one_rank_ends_all(tmp_path: Path, engine: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(FAILS_ON_RANK_1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script), engine]
+    # The start takes most of it; the launcher gives the others 30 s to leave.
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment(), check=False
+    )
+    assert done.returncode != 0
+    assert "RuntimeError: a row that cannot be scored" in done.stderr
+    assert "rank      : 1" in done.stderr
 
 
 def with_a_bad_batch(engine: str, case: str) -> None:

@@ -452,6 +452,24 @@ def test_every_rank_learns_that_the_metrics_cannot_be_written(
     assert (run / "result.json").exists()
 
 
+def test_every_rank_learns_which_file_of_the_end_cannot_be_written(
+    pool: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    path, run = write_config(tmp_path, train={"steps": 1, "eval_every": 0}), tmp_path / "run"
+    pool(2).run(train, path, [])
+    for name in ("run.png", "result.json", "tensorboard"):
+        in_its_place = run / name
+        in_its_place.unlink(missing_ok=True)
+        if name == "tensorboard":
+            in_its_place.write_text("no folder")
+        else:
+            in_its_place.mkdir()
+        for error in pool(2).errors(train, path, ["train.tensorboard=true"]):
+            assert name in error
+        in_its_place.unlink() if name == "tensorboard" else in_its_place.rmdir()
+    pool(2).run(train, path, ["train.tensorboard=true"])
+
+
 def train_with_a_bit_that_flips(path: Path, overrides: list[str], odd: int, at: int) -> None:
     """Training in which one bit of rank `odd`'s copy changes before step `at`, as bad memory does."""
     steps = ZeroOrder.step_batch
