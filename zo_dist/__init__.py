@@ -8,6 +8,7 @@ from zo_dist.estimators import OneSided, TwoSided
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
 from zo_dist.rules import SGD, Adam, Momentum, Sign
 from zo_dist.samplers import AdaLeZO, Dense, Uniform
+from zo_dist.scale import LearnedScale, RunningScale
 from zo_dist.selfcheck import SelfCheckError
 from zo_dist.tasks.scoring import causal_lm_loss, choice_loss
 from zo_dist.trajectory import StepRecord, TrajectoryError, TrajectoryReader, TrajectoryWriter
@@ -21,11 +22,13 @@ __all__ = [
     "Clip",
     "Dense",
     "DesyncError",
+    "LearnedScale",
     "Momentum",
     "NonFiniteLossError",
     "OneSided",
     "Raw",
     "RootMeanSquare",
+    "RunningScale",
     "SelfCheckError",
     "Sign",
     "SignOnly",

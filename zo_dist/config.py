@@ -13,7 +13,16 @@ import torch
 import yaml
 
 from zo_dist.estimators import Estimator, OneSided, TwoSided
-from zo_dist.methods import AnyCoefficients, AnyRule, AnySampler, DenseConfig, RawConfig, SGDConfig
+from zo_dist.methods import (
+    AnyCoefficients,
+    AnyRule,
+    AnySampler,
+    AnyScale,
+    DenseConfig,
+    NoScaleConfig,
+    RawConfig,
+    SGDConfig,
+)
 from zo_dist.noise import Law
 from zo_dist.optimizer import Perturb
 from zo_dist.rounding import Rounding
@@ -136,6 +145,7 @@ class OptimizerConfig:
     clip_rows: float | None = None
     coefficients: AnyCoefficients = field(default_factory=RawConfig)
     rule: AnyRule = field(default_factory=SGDConfig)
+    scale: AnyScale = field(default_factory=NoScaleConfig)
     perturb: Perturb = "module"
     noise: Law = "rademacher"
     rounding: Rounding = "stochastic"

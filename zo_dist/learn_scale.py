@@ -20,7 +20,7 @@ from zo_dist.params import Param, evaluating
 from zo_dist.parts import Probe, Shifts
 from zo_dist.perturb import ShardPerturbation
 from zo_dist.probes import Batch, RowLoss
-from zo_dist.scale import NUM_HIDDEN, NUM_INPUTS, ScaleNets, energies, inputs_of, normalised
+from zo_dist.scale import NUM_HIDDEN, NUM_INPUTS, ScaleNets, energies, inputs_of, normaliser
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def learn_scale(
 
 
 class _Step:
-    """The one zeroth-order step that the nets are judged by, and the gradient of its loss in their outputs."""
+    """The zeroth-order step that the nets are judged by, and the gradient of its loss in what they say."""
 
     def __init__(
         self,
@@ -136,8 +136,9 @@ class _Step:
         moments = self._engine.moments(self._params)
         inputs = inputs_of([moments[p.name] for p in self._params], self._losses, self._sigmas)
         sigmas = nets(inputs)
-        factors = normalised(sigmas.detach(), self._counts)
-        by_name = dict(zip([p.name for p in self._params], factors.tolist(), strict=True))
+        common = normaliser(sigmas.detach(), self._counts)
+        factors = (sigmas.detach() * common).tolist()
+        by_name = dict(zip([p.name for p in self._params], factors, strict=True))
         first, second = (self._loss_at(step, sign * self._eps, by_name, batch) for sign in (1.0, -1.0))
         self._losses, self._sigmas = [first, second], sigmas.detach().tolist()
         slope = (first - second) / (2.0 * self._eps)
@@ -145,8 +146,7 @@ class _Step:
         size = -self._learning.lr_step * slope
         after = self._loss_at(step, size, by_name, batch, backward=True)
         by_factor = torch.tensor([self._along_noise(p, step) for p in self._params], dtype=torch.float64)
-        by_sigma = by_factor * size * factors / sigmas.detach()
-        (sigmas * by_sigma).sum().backward()
+        (sigmas * (by_factor * size * common)).sum().backward()
         for param in self._params:
             param.param.grad = None
         return after
@@ -154,7 +154,7 @@ class _Step:
     def _loss_at(
         self, step: int, size: float, factors: dict[str, float], batch: Batch, backward: bool = False
     ) -> float:
-        """The mean loss at weights shifted by `size * factor * z`; with `backward`, gradients are left there."""
+        """The mean loss at weights shifted by `size * factor * z`; with `backward`, gradients are left."""
         shifts = Shifts(self._noise, step, size, factors)
         probe = Probe(0, 1.0, frozenset(p.name for p in self._params))
         spans = self._engine.spans(self._params)
@@ -165,7 +165,7 @@ class _Step:
             loss = row_loss_mean(self._row_loss, self._engine, batch)
             if backward:
                 loss.backward()  # type: ignore[no-untyped-call]
-            return float(loss)
+            return float(loss.detach())
 
     def _along_noise(self, param: Param, step: int) -> float:
         grad = param.param.grad

@@ -1,4 +1,4 @@
-"""The parts of the step that a config names: samplers, coefficients, rules. One section for each."""
+"""The parts of the step that a config names: samplers, coefficients, rules, scales. One section for each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from zo_dist.coefficients import Clip, Coefficients, Raw, RootMeanSquare, SignOnly, Standardise
 from zo_dist.rules import SGD, Adam, Moment, Momentum, Rule, Sign
 from zo_dist.samplers import AdaLeZO, Dense, Sampler, Uniform
+from zo_dist.scale import LearnedScale, RunningScale, Scale
 
 
 class _Section:
@@ -41,6 +42,12 @@ class RuleSection(_Section):
     def build(self, weight_decay: float) -> Rule:
         rule: Rule = self._made(weight_decay=weight_decay)
         return rule
+
+
+class ScaleSection(_Section):
+    def build(self) -> Scale:
+        scale: Scale = self._made()
+        return scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +163,34 @@ class SignConfig(RuleSection):
     name: Literal["sign"] = "sign"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoScaleConfig(ScaleSection):
+    """Every parameter is perturbed alike."""
+
+    makes = Scale
+    name: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningScaleConfig(ScaleSection):
+    """Arms by the slopes they took part in."""
+
+    makes = RunningScale
+    name: Literal["running"] = "running"
+    alpha: float = 0.05
+    limit: float = 4.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnedScaleConfig(ScaleSection):
+    """Parameters by learnt nets (ZO Fine-tuner). `path`: what `zo-dist learn-scale` wrote."""
+
+    makes = LearnedScale
+    path: str
+    name: Literal["learned"] = "learned"
+
+
 AnySampler = DenseConfig | UniformConfig | AdaLeZOConfig
 AnyCoefficients = RawConfig | SignOnlyConfig | ClipConfig | RootMeanSquareConfig | StandardiseConfig
+AnyScale = NoScaleConfig | RunningScaleConfig | LearnedScaleConfig
 AnyRule = SGDConfig | MomentumConfig | AdamConfig | SignConfig

@@ -194,9 +194,9 @@ def energies(params: Sequence[Param], tokens: int) -> dict[str, float]:
     return counts
 
 
-def normalised(sigmas: Tensor, counts: Tensor) -> Tensor:
-    """`sigmas` times what makes their mean square 1, over all weights."""
-    return sigmas * torch.sqrt(counts.sum() / (counts * sigmas * sigmas).sum())
+def normaliser(sigmas: Tensor, counts: Tensor) -> Tensor:
+    """What makes the mean square of `sigmas` 1, over all weights."""
+    return torch.sqrt(counts.sum() / (counts * sigmas * sigmas).sum())
 
 
 def save_nets(
