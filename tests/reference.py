@@ -17,10 +17,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import table
 import torch
 from torch import Tensor, nn
-
-from zo_dist.noise import Noise
 
 # (model, batch) -> one loss per row, or (sums, weights) per row
 RowLoss = Callable[[nn.Module, dict[str, Tensor]], Any]
@@ -52,7 +51,7 @@ class Reference:
         options: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
-        self.noise = Noise(law, seed)  # type: ignore[arg-type]
+        self.noise = table.noise_of(law, seed, model)
         self.method, self.lr, self.eps, self.directions = method, lr, eps, directions
         self.rounding, self.weight_decay, self.two_sided = rounding, weight_decay, two_sided
         self.rule, self.shape, self.all_slopes = rule, shape, list[list[float]]()

@@ -13,11 +13,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 
 import zo_dist
 from zo_dist import native
 from zo_dist.coefficients import Coefficients
 from zo_dist.estimators import Estimator
+from zo_dist.lowrank import LowRankNoise
 from zo_dist.noise import Noise
 from zo_dist.rules import Rule
 from zo_dist.samplers import Sampler
@@ -56,6 +58,13 @@ COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
 }
 # These make nothing of a single direction, and are refused there.
 NEED_TWO = ("fzoo", "z_scores")
+# Options of ZeroOrder and, under the same name, of `noise_of`.
+NOISES: dict[str, dict[str, Any]] = {
+    "rademacher": {"noise": "rademacher"},
+    "gaussian": {"noise": "gaussian"},
+    "lozo": {"noise": "gaussian", "low_rank": zo_dist.LowRank(rank=2, refresh=3)},
+    "tezo": {"noise": "rademacher", "low_rank": zo_dist.LowRank(rank=3, fixed=True)},
+}
 LAWS = ("rademacher", "gaussian")
 MODES = ("module", "shard")
 DIRECTIONS = (1, 2, 3, 8)
@@ -102,8 +111,18 @@ def all_pairs(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return rows
 
 
+def noise_of(name: str, seed: int, model: nn.Module) -> Noise:
+    """The noise of NOISES for a model's parameters, computed eagerly."""
+    options = NOISES[name]
+    if "low_rank" not in options:
+        return Noise(options["noise"], seed)
+    shapes = {key: p.shape for key, p in model.named_parameters()}
+    return LowRankNoise(options["noise"], seed, False, options["low_rank"], shapes)
+
+
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
     """A ZeroOrder whose sampler, estimator, coefficients and rule are given by their names here."""
+    options.update(NOISES[options.pop("noise", "rademacher")])
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
     if isinstance(options.get("estimator", "two_sided"), str):
         options["estimator"] = ESTIMATORS[options.get("estimator", "two_sided")]()

@@ -242,7 +242,7 @@ COMBINATIONS = table.all_pairs(
     tuple(table.COEFFICIENTS),
     tuple(table.SAMPLERS),
     tuple(table.ESTIMATORS),
-    table.LAWS,
+    tuple(table.NOISES),
     table.DIRECTIONS[:3],
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from zo_dist.coefficients import Clip, Raw, RootMeanSquare, SignOnly, Standardise
 from zo_dist.engines import DesyncError
 from zo_dist.estimators import OneSided, TwoSided
+from zo_dist.lowrank import LowRank
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
 from zo_dist.rules import SGD, Adam, Momentum, Sign
 from zo_dist.samplers import AdaLeZO, Dense, Uniform
@@ -23,6 +24,7 @@ __all__ = [
     "Dense",
     "DesyncError",
     "LearnedScale",
+    "LowRank",
     "Momentum",
     "NonFiniteLossError",
     "OneSided",

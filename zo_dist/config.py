@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from zo_dist.estimators import Estimator, OneSided, TwoSided
+from zo_dist.lowrank import LowRank
 from zo_dist.methods import (
     AnyCoefficients,
     AnyRule,
@@ -134,7 +135,8 @@ class EngineConfig:
 class OptimizerConfig:
     """The step: see `zo_dist.ZeroOrder`, which has the same words, and methods.py for the sections.
 
-    `clip_rows`: see `zo_dist.TwoSided`; null does not clip.
+    `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `low_rank`: see `zo_dist.LowRank`; null is
+    noise of full rank.
     """
 
     lr: float
@@ -148,6 +150,7 @@ class OptimizerConfig:
     scale: AnyScale = field(default_factory=NoScaleConfig)
     perturb: Perturb = "module"
     noise: Law = "rademacher"
+    low_rank: LowRank | None = None
     rounding: Rounding = "stochastic"
     weight_decay: float = 0.0
     seed: int = 0

@@ -164,6 +164,15 @@ class Noise:
         """Does the code of native.cpp serve for this tensor? Else it is `torch.compile`, or eager torch."""
         return self.fused and tensor.device.type == "cpu" and native.library() is not None
 
+    @property
+    def kind(self) -> str:
+        """What tells this noise from any other of its seed."""
+        return self.law
+
+    def writes_natively(self, flat: Tensor, name: str) -> bool:
+        """Does native.cpp serve for the whole write of this parameter?"""
+        return self.in_native(flat)
+
     def values(self, name: str, step: int, direction: int, offset: int, numel: int) -> Tensor:
         """float32 `[numel]` on the CPU: z itself, for tests and for looking."""
         out = torch.zeros(numel)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zo_dist.coefficients import Coefficients, Raw
 from zo_dist.engines import select
 from zo_dist.estimators import Estimator, TwoSided
+from zo_dist.lowrank import LowRank, LowRankNoise
 from zo_dist.noise import Law, Noise
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
 from zo_dist.parts import Shifts
@@ -73,6 +74,7 @@ class ZeroOrder(torch.optim.Optimizer):
         directions: int = 1,
         perturb: Perturb = "module",
         noise: Law = "rademacher",
+        low_rank: LowRank | None = None,
         rounding: Rounding = "stochastic",
         seed: int = 0,
         max_skipped: int = 10,
@@ -96,6 +98,9 @@ class ZeroOrder(torch.optim.Optimizer):
             # Emptied when the model turns out to run drawn weights before its layers.
             self.layers = [layer for _, layer in find_layers(self.engine.module)]
             self.noise = Noise(noise, seed, compile)
+            if low_rank is not None:
+                shapes = {p.name: p.shape for p in self.params}
+                self.noise = LowRankNoise(noise, seed, compile, low_rank, shapes)
             self.sampler = sampler or Dense()
             self.sampler.bind(len(self.arms), self.noise)
             self.estimator = estimator or TwoSided()
@@ -297,7 +302,7 @@ class ZeroOrder(torch.optim.Optimizer):
     def _settings(self, lr: float) -> dict[str, object]:
         """What must be equal on every rank for the ranks to stay one run."""
         settings: dict[str, object] = {"lr": lr, "eps": self.eps, "directions": self.directions}
-        settings.update(perturb=self.perturb, noise=self.noise.law, seed=self.noise.seed)
+        settings.update(perturb=self.perturb, noise=self.noise.kind, seed=self.noise.seed)
         settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
         for part in (self.sampler, self.estimator, self.coefficients, self.rule, self.scale):
             settings[type(part).__name__] = options_of(part)

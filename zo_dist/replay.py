@@ -28,7 +28,7 @@ def identity(optimizer: ZeroOrder) -> dict[str, Any]:
         "parameters": hashlib.sha256(repr(parameters).encode()).hexdigest(),
         "arms": [arm.name for arm in optimizer.arms],
         "seed": optimizer.noise.seed,
-        "noise": f"{optimizer.noise.law}, version {noise.VERSION}",
+        "noise": f"{optimizer.noise.kind}, version {noise.VERSION}",
         "rounding": optimizer.rounding.mode,
         "sampler": [type(sampler).__name__, options_of(sampler)],
         "rule": [type(rule).__name__, options_of(rule)],

@@ -85,6 +85,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         directions=settings.directions,
         perturb=settings.perturb,
         noise=settings.noise,
+        low_rank=settings.low_rank,
         rounding=settings.rounding,
         seed=settings.seed,
         max_skipped=settings.max_skipped,

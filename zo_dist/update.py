@@ -40,7 +40,7 @@ def update_span(
     `writes`: as of `Rule.move`.
     """
     remaining = rule.remaining(lr, param.shape)
-    if type(rule) is SGD and noise.in_native(span.flat):
+    if type(rule) is SGD and noise.writes_natively(span.flat, span.name):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
         lost = rounding.lost_of(span.name, 0, span.flat.numel())
         drawn = bits if rounding.mode == "stochastic" else None

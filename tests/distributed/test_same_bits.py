@@ -52,7 +52,7 @@ ARMS = {
     ),
 }
 
-# One row per run: (dtype, rounding), directions, sampler, mode, law, estimator, coefficients, rule. Of
+# One row per run: (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule. Of
 # all combinations of these and of (engine, ranks), each pair of values of different columns is in one
 # of the runs.
 Combo = tuple[tuple[str, str], int, str, str, str, str, str, str]
@@ -63,7 +63,7 @@ RUNS = table.all_pairs(
     table.DIRECTIONS,
     tuple(table.SAMPLERS),
     table.MODES,
-    table.LAWS,
+    tuple(table.NOISES),
     tuple(table.ESTIMATORS),
     tuple(table.COEFFICIENTS),
     tuple(table.RULES),
@@ -73,7 +73,7 @@ FEW: list[Combo] = [
     (("float32", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd"),
     (("bfloat16", "kahan"), 8, "uniform", "module", "gaussian", "one_sided", "fzoo", "adam"),
     (("float16", "stochastic"), 2, "dense", "shard", "rademacher", "two_sided", "raw", "momentum"),
-    (("bfloat16", "stochastic"), 1, "adalezo", "shard", "gaussian", "two_sided", "rms", "sgd"),
+    (("bfloat16", "stochastic"), 1, "adalezo", "shard", "lozo", "two_sided", "rms", "sgd"),
 ]
 
 
@@ -84,7 +84,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
     """
     import torch.distributed as dist
 
-    (dtype, rounding), directions, sampler, mode, law, estimator, coefficients, rule = combo
+    (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule = combo
     share = SHARES[dist.get_world_size()]
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
     mine = [cut(batch, a, b) for a, b in share[dist.get_rank()]]
@@ -98,7 +98,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         rule=rule,
         directions=directions,
         perturb=mode,
-        noise=law,
+        noise=noise,
         rounding=rounding,
         **options,
     )
@@ -119,7 +119,7 @@ def weights_of_reference(
     kind: str, combo: Combo, given: bool, weight_decay: float = 0.0
 ) -> tuple[dict[str, Any], list[float]]:
     """What `final_weights` should be, and the loss of each step."""
-    (dtype, rounding), directions, sampler, _, law, estimator, shape, rule = combo
+    (dtype, rounding), directions, sampler, _, noise, estimator, shape, rule = combo
     method, options = table.REFERENCE[sampler]
     reference = Reference(
         build(kind, table.dtype_of(dtype)),
@@ -128,7 +128,7 @@ def weights_of_reference(
         lr=LR,
         eps=EPS,
         directions=directions,
-        law=law,
+        law=noise,
         rounding=rounding,
         weight_decay=weight_decay,
         two_sided=estimator == "two_sided",
@@ -198,13 +198,13 @@ def test_the_bits_do_depend_on_what_they_should() -> None:
         (("bfloat16", "nearest"), *base[1:]),
         (base[0], 2, *base[2:]),
         (*base[:2], "dense", *base[3:]),
-        (*base[:4], "gaussian", *base[5:]),
+        *((*base[:4], noise, *base[5:]) for noise in table.NOISES if noise != "rademacher"),
         (*base[:5], "one_sided", *base[6:]),
         *((*base[:6], shape, "sgd") for shape in table.COEFFICIENTS if shape != "raw"),
         *((*base[:7], rule) for rule in table.RULES if rule != "sgd"),
     ]
     start = digest(dict(build("sequential", torch.bfloat16).named_parameters()))
-    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 18
+    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 20
 
 
 # End to end: the losses are the model's own.
