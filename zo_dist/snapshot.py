@@ -67,17 +67,18 @@ class PendingSnapshot:
             "sampler": optimizer.sampler.state_dict(),
             "skipped": [optimizer.skipped, optimizer.skipped_in_a_row],
         }
-        tensors = {}
-        for span in engine.spans(optimizer.params):
-            first = min(rank for rank, offset, _ in holders[span.name] if offset == span.offset)
-            if first == engine.rank:
-                tensors[_key("weight", span)] = _on_cpu(span.flat)
-                if span.name in optimizer.rounding.lost:
-                    tensors[_key("lost", span)] = _on_cpu(optimizer.rounding.lost[span.name])
         self._file: tuple[int, int] = (0, 0)
         self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._write, args=(tensors,), name="snapshot")
-        self._thread.start()
+        with engine.jointly():
+            tensors = {}
+            for span in engine.spans(optimizer.params):
+                first = min(rank for rank, offset, _ in holders[span.name] if offset == span.offset)
+                if first == engine.rank:
+                    tensors[_key("weight", span)] = _on_cpu(span.flat)
+                    if span.name in optimizer.rounding.lost:
+                        tensors[_key("lost", span)] = _on_cpu(optimizer.rounding.lost[span.name])
+            self._thread = threading.Thread(target=self._write, args=(tensors,), name="snapshot")
+            self._thread.start()
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         path = self._partial / _file_of(self._engine.rank)

@@ -7,6 +7,8 @@ kills -9 that many times; without the variable it is a few, as in CI.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -232,6 +234,21 @@ def test_a_second_signal_is_not_kept_back(tmp_path: Path, monkeypatch: pytest.Mo
         main(["train", str(write_config(tmp_path))])
 
 
+def train_where_rank_1_is_told_to_stop(path: Path) -> None:
+    score = train_module.score
+    if torch.distributed.get_rank() == 1:
+        train_module.score = sends(signal.SIGTERM, 1, score)
+    try:
+        train(path, [])
+    finally:
+        train_module.score = score
+
+
+def test_a_signal_to_one_rank_ends_all(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    for error in pool(2).errors(train_where_rank_1_is_told_to_stop, write_config(tmp_path)):
+        assert "Interrupted: stopped by SIGTERM after step 0" in error
+
+
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """The processes that a launcher started."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
@@ -292,6 +309,17 @@ def test_a_folder_is_used_by_one_run_at_a_time(
         process.kill()
         process.communicate()
     assert main(["train", str(path), "train.steps=1"]) == 0
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert main(["train", str(write_config(tmp_path, train={"steps": 1, "eval_every": 0}))]) == 0
+    assert "run cannot be locked (No locks available): let no other run use it" in caplog.text
 
 
 # What is wrong in a folder is said before anything is written.
