@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from injected import files_no_longer_than
 from tiny_run import environment, tiny_config, write_config
 from workers import Pool, needs_deepspeed
 
+from zo_dist import resume
 from zo_dist import train as train_module
 from zo_dist.cli import main
 from zo_dist.config import load_config
@@ -317,7 +319,9 @@ def test_a_file_system_without_locks_is_said(
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+    # Others lock files too.
+    names = {"flock": flock, "LOCK_EX": fcntl.LOCK_EX, "LOCK_NB": fcntl.LOCK_NB}
+    monkeypatch.setattr(resume, "fcntl", SimpleNamespace(**names))
     assert main(["train", str(write_config(tmp_path, train={"steps": 1, "eval_every": 0}))]) == 0
     assert "run cannot be locked (No locks available): let no other run use it" in caplog.text
 
@@ -485,7 +489,7 @@ def test_every_rank_learns_which_file_of_the_end_cannot_be_written(
 ) -> None:
     path, run = write_config(tmp_path, train={"steps": 1, "eval_every": 0}), tmp_path / "run"
     pool(2).run(train, path, [])
-    for name in ("run.png", "result.json", "tensorboard"):
+    for name in ("tensorboard", "run.png", "result.json"):
         in_its_place = run / name
         in_its_place.unlink(missing_ok=True)
         if name == "tensorboard":
