@@ -17,7 +17,9 @@ import torch
 
 from zo_dist.noise import LAWS, Noise
 from zo_dist.params import Param, Span
-from zo_dist.rules import SGD, Rounding16, update_span
+from zo_dist.rounding import Rounding16
+from zo_dist.rules import SGD
+from zo_dist.update import update_span
 
 
 def seconds(job: Callable[[], object]) -> float:

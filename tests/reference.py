@@ -1,4 +1,4 @@
-"""MeZO, LeZO and AdaLeZO the slow, obvious way: one process, plain torch, whole copies of the model.
+"""Each method the slow, obvious way: one process, plain torch, whole copies of the model.
 
 Written from the papers, not from the package; of the package it uses the noise function alone (z, the
 the samplers' uniforms, the bits of stochastic rounding), which tests/test_noise.py checks by itself
@@ -11,10 +11,12 @@ import copy
 import hashlib
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,8 @@ class Reference:
     """One optimizer; `step` takes the rows of all ranks at once.
 
     `arms`: the parameter names of each arm. `method`: `mezo`, `lezo` or `adalezo`, with its
-    `options` (sparsity; ratio, tau, gamma, alpha, clip).
+    `options` (sparsity; ratio, tau, gamma, alpha, clip). `rule`, `shape`: what becomes of an estimate
+    and of slopes, by the names of `move` and `shaped`.
     """
 
     def __init__(
@@ -44,12 +47,16 @@ class Reference:
         rounding: str = "stochastic",
         weight_decay: float = 0.0,
         two_sided: bool = True,
+        rule: str = "sgd",
+        shape: str = "raw",
         options: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
         self.noise = Noise(law, seed)  # type: ignore[arg-type]
         self.method, self.lr, self.eps, self.directions = method, lr, eps, directions
         self.rounding, self.weight_decay, self.two_sided = rounding, weight_decay, two_sided
+        self.rule, self.shape, self.all_slopes = rule, shape, list[list[float]]()
+        self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
         self.options = {"sparsity": 0.75, "ratio": 0.2, "tau": 0.6, "gamma": 0.1, "alpha": 0.1, "clip": 4.0}
         self.options.update(options or {})
         self.scores = [0.0] * len(arms)  # AdaLeZO's q
@@ -118,7 +125,9 @@ class Reference:
             shares.append(high[1] + low[1])
             draws.append(drawn)
             seen = [seen[0] + high[0] + low[0], seen[1] + high[1] + low[1]]
-        coefs = [slope * share / sum(shares) for slope, share in zip(slopes, shares, strict=True)]
+        self.all_slopes.append(slopes)
+        shaped_slopes = shaped(self.shape, self.all_slopes)
+        coefs = [slope * share / sum(shares) for slope, share in zip(shaped_slopes, shares, strict=True)]
         for arm, names in enumerate(self.arms):
             if any(arm in drawn for drawn in draws):
                 for name in names:
@@ -135,6 +144,7 @@ class Reference:
         estimate = torch.zeros(weight.shape)
         for direction, coef in terms:
             estimate += self.z(name, direction) * torch.tensor(coef)
+        estimate = self.moments[name].move(self.rule, estimate)
         exact = weight.float()
         if self.rounding == "kahan" and weight.dtype != torch.float32:
             exact = exact + self.lost[name].float()
@@ -148,6 +158,52 @@ class Reference:
             self.lost[name].copy_(exact - weight.float())
         else:
             self.noise.round(weight.view(-1), exact.view(-1), name, self.step_number, 0)
+
+
+class Moments:
+    """What the rules remember of one weight."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.first, self.second, self.highest = (torch.zeros(shape) for _ in range(3))
+        self.writes = 0
+
+    def move(self, rule: str, estimate: Tensor) -> Tensor:
+        """What takes the estimate's place; options are those of `table.RULES`."""
+        self.writes += 1
+        if rule == "sgd":
+            return estimate
+        if rule == "sign":
+            return estimate.sign()
+        if rule == "momentum":
+            self.first = self.first * 0.9 + estimate
+            return self.first
+        self.first = self.first * 0.8 + estimate * (1.0 - 0.8)
+        first = self.first / (1.0 - 0.8**self.writes)
+        seen = first if rule == "adam_of_momentum" else estimate
+        self.second = self.second * 0.95 + seen * seen * (1.0 - 0.95)
+        self.highest = torch.maximum(self.highest, self.second)
+        second = self.highest if rule == "amsgrad" else self.second
+        # A square root that numpy and IEEE 754 agree on, whatever torch makes of it.
+        root = torch.from_numpy(np.sqrt((second / (1.0 - 0.95**self.writes)).numpy()))
+        return first / (root + 1e-6)
+
+
+def shaped(shape: str, all_slopes: Sequence[Sequence[float]]) -> list[float]:
+    """The last step's slopes as coefficients; options are those of `table.COEFFICIENTS`."""
+    slopes = np.array(all_slopes[-1])
+    if shape == "raw" or (shape in ("fzoo", "z_scores") and len(slopes) == 1):
+        return slopes.tolist()
+    if shape == "sign":
+        return np.sign(slopes).tolist()
+    if shape == "clip":
+        return np.clip(slopes, -0.5, 0.5).tolist()
+    if shape == "rms":
+        mean = 0.0
+        for earlier in all_slopes:
+            mean = 0.9 * mean + (1.0 - 0.9) * (math.fsum(s * s for s in earlier) / len(earlier))
+        return (slopes / (math.sqrt(mean / (1.0 - 0.9 ** len(all_slopes))) + 1e-8)).tolist()
+    deviation, mean = statistics.pstdev(slopes.tolist()), statistics.fmean(slopes.tolist())
+    return ((slopes - mean if shape == "z_scores" else slopes) / deviation).tolist()
 
 
 def round_to(x: float, bits: int, dtype: torch.dtype) -> float:

@@ -1,6 +1,6 @@
-"""What there is: engines, samplers, estimators, laws, roundings. Every property runs over these.
+"""What there is: engines, samplers, estimators, coefficients, rules, laws, roundings.
 
-A new method joins the tests by one more row here.
+Every property runs over these. A new method joins the tests by one more row here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -15,8 +16,10 @@ import torch
 
 import zo_dist
 from zo_dist import native
+from zo_dist.coefficients import Coefficients
 from zo_dist.estimators import Estimator
 from zo_dist.noise import Noise
+from zo_dist.rules import Rule
 from zo_dist.samplers import Sampler
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
@@ -34,6 +37,25 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "two_sided": zo_dist.TwoSided,
     "one_sided": zo_dist.OneSided,
 }
+# The options are those of reference.py, which has the same names.
+RULES: dict[str, Callable[..., Rule]] = {
+    "sgd": zo_dist.SGD,
+    "momentum": partial(zo_dist.Momentum, 0.9),
+    "adam": partial(zo_dist.Adam, 0.8, 0.95, 1e-6),
+    "adam_of_momentum": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, second="momentum"),
+    "amsgrad": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, amsgrad=True),
+    "sign": zo_dist.Sign,
+}
+COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
+    "raw": zo_dist.Raw,
+    "sign": zo_dist.SignOnly,
+    "clip": lambda: zo_dist.Clip(0.5),
+    "rms": lambda: zo_dist.RootMeanSquare(0.9),
+    "fzoo": zo_dist.Standardise,
+    "z_scores": lambda: zo_dist.Standardise(centre=True),
+}
+# These make nothing of a single direction, and are refused there.
+NEED_TWO = ("fzoo", "z_scores")
 LAWS = ("rademacher", "gaussian")
 MODES = ("module", "shard")
 DIRECTIONS = (1, 2, 3, 8)
@@ -74,15 +96,23 @@ def all_pairs(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         for a, b in itertools.product(*axes[:2]):
             candidates = itertools.product((a,), (b,), *axes[2:])
             best = max(candidates, key=lambda row: len(pairs(row) & missing))
-            missing -= pairs(best)
-            rows.append(best)
+            if pairs(best) & missing:
+                missing -= pairs(best)
+                rows.append(best)
     return rows
 
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
-    """A ZeroOrder whose sampler and estimator are given by their names here."""
+    """A ZeroOrder whose sampler, estimator, coefficients and rule are given by their names here."""
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
-    options["estimator"] = ESTIMATORS[options.get("estimator", "two_sided")]()
+    if isinstance(options.get("estimator", "two_sided"), str):
+        options["estimator"] = ESTIMATORS[options.get("estimator", "two_sided")]()
+    coefficients = options.get("coefficients", "raw")
+    single = options.get("directions", 1) == 1
+    options["coefficients"] = COEFFICIENTS["raw" if single and coefficients in NEED_TWO else coefficients]()
+    decay = options.pop("weight_decay", 0.0)
+    if isinstance(options.get("rule", "sgd"), str):
+        options["rule"] = RULES[options.get("rule", "sgd")](weight_decay=decay)
     return zo_dist.ZeroOrder(model, **options)
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import zo_dist
 from zo_dist.config import (
-    AdaLeZOConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -20,6 +19,7 @@ from zo_dist.config import (
     TrainConfig,
     load_config,
 )
+from zo_dist.methods import AdaLeZOConfig
 from zo_dist.schedule import lr_share
 
 BASE = """

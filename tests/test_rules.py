@@ -1,9 +1,12 @@
-"""The write: SGD with decoupled weight decay, and one rounding to 16 bits."""
+"""The write: rules with decoupled weight decay, and one rounding to 16 bits."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import table
@@ -14,10 +17,12 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import zo_dist
-from zo_dist import kernels, native, rules
+from zo_dist import kernels, native, update
 from zo_dist.noise import Noise
 from zo_dist.params import Param, Span
-from zo_dist.rules import SGD, Rounding16, update_span
+from zo_dist.rounding import Rounding16
+from zo_dist.rules import SGD, Rule
+from zo_dist.update import update_span
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -80,7 +85,7 @@ def span_of(value: float, size: int, dtype: torch.dtype, name: str = "w") -> tup
 
 
 def write(span: Span, param: Param, rounding: Rounding16, step: int, coef: float, lr: float) -> None:
-    update_span(span, param, [(0, coef)], SGD(), rounding, rounding.noise, step, lr)
+    update_span(span, param, [(0, coef)], SGD(), rounding, rounding.noise, step, lr, 1)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -130,14 +135,14 @@ def test_kahan_keeps_what_nearest_loses(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("dtype", "rounding"), table.WRITES)
 @pytest.mark.parametrize("mode", table.MODES)
-@pytest.mark.parametrize("sampler", list(table.SAMPLERS))
-def test_lr_0_leaves_the_bits(dtype: str, rounding: str, mode: str, sampler: str) -> None:
+@pytest.mark.parametrize("rule", list(table.RULES))
+def test_lr_0_leaves_the_bits(dtype: str, rounding: str, mode: str, rule: str) -> None:
     kind = table.dtype_of(dtype)
     model = build("sequential", kind)
     before = {name: bits_of(p.detach()).clone() for name, p in model.named_parameters()}
     optimizer = table.optimizer(
-        model, lr=0.0, eps=0.01, sampler=sampler, directions=2, perturb=mode, rounding=rounding,
-        rule=SGD(weight_decay=0.1),
+        model, lr=0.0, eps=0.01, sampler="adalezo", directions=2, perturb=mode, rounding=rounding,
+        rule=rule, weight_decay=0.1,
     )  # fmt: skip
     for step in range(6):
         optimizer.step_batch(rows_for("sequential", 3, seed=step, dtype=kind), loss_of)
@@ -163,23 +168,26 @@ def test_a_write_of_nothing_leaves_every_value(dtype: str, rounding: str) -> Non
 
 @pytest.mark.parametrize(("dtype", "rounding"), table.WRITES)
 @pytest.mark.parametrize("law", table.LAWS)
+@pytest.mark.parametrize("rule", list(table.RULES))
 def test_chunks_and_spans_leave_no_trace(
-    dtype: str, rounding: str, law: str, monkeypatch: pytest.MonkeyPatch
+    rule: str, dtype: str, rounding: str, law: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, size = table.dtype_of(dtype), 1000
     start = torch.linspace(-1, 1, size).to(kind)
     results = []
     for chunk, edges in ((1 << 19, (0, size)), (64, (0, size)), (96, (0, 3, 130, 131, 777, size))):
-        monkeypatch.setattr(rules, "_CHUNK", chunk)
+        monkeypatch.setattr(update, "_CHUNK", chunk)
         flat = start.clone()
         noise = Noise(law, 3)  # type: ignore[arg-type]
         for a, b in itertools.pairwise(edges):
             span, writes = Span("w", flat[a:b], a), Rounding16(rounding, noise)  # type: ignore[arg-type]
-            writes.begin([span])
+            moves = table.RULES[rule](weight_decay=0.01)
+            for part in (writes, moves):
+                part.begin([span])
             param = Param("w", nn.Parameter(start), torch.Size((size, 1)), ())
             for step in range(4):
                 terms = [(0, 0.3), (2, -1.7)]
-                update_span(span, param, terms, SGD(0.01), writes, noise, step, 0.05)
+                update_span(span, param, terms, moves, writes, noise, step, 0.05, step + 1)
         results.append(flat)
     assert not torch.equal(results[0], start)
     assert torch.equal(results[0], results[1])
@@ -215,7 +223,7 @@ def updates_agree(forms: tuple[str, ...], rounding: str, dtype: torch.dtype, law
                 param = Param("w", nn.Parameter(flat), torch.Size(shape), ())
                 for step, directions in enumerate((1, 1, 4, 6)):
                     terms = [(d, 0.3 * step - d) for d in range(directions)]
-                    update_span(span, param, terms, SGD(0.01), writes, noise, step, 0.05)
+                    update_span(span, param, terms, SGD(0.01), writes, noise, step, 0.05, 1)
                 left += [flat, *writes.lost.values()]
         results.append(left)
     for other in results[1:]:
@@ -273,3 +281,148 @@ def test_bad_weight_decay_is_refused(weight_decay: float) -> None:
 def test_an_unknown_rounding_is_refused() -> None:
     with pytest.raises(ValueError, match="stochastic, kahan, nearest"):
         Rounding16("up", Noise())  # type: ignore[arg-type]
+
+
+# Rules
+
+
+def estimates_of(steps: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(steps, size, generator=generator) * 2.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "theirs"),
+    [
+        ("sgd", partial(torch.optim.SGD, lr=0.01)),
+        ("momentum", partial(torch.optim.SGD, lr=0.01, momentum=0.9)),
+        ("adam", partial(torch.optim.Adam, lr=0.01, betas=(0.8, 0.95), eps=1e-6)),
+        ("amsgrad", partial(torch.optim.Adam, lr=0.01, betas=(0.8, 0.95), eps=1e-6, amsgrad=True)),
+    ],
+)
+def test_a_rule_moves_as_the_optimizer_of_torch_does(rule: str, theirs: Any) -> None:
+    steps, size = 30, 500
+    ours, weight = table.RULES[rule](), torch.zeros(size)
+    ours.begin([Span("w", weight, 0)])
+    param = nn.Parameter(torch.zeros(size))
+    optimizer = theirs([param])
+    for i, estimate in enumerate(estimates_of(steps, size)):
+        weight -= 0.01 * ours.move(estimate.clone(), [ours.kept[key]["w"] for key in ours.keeps], i + 1)
+        param.grad = estimate.clone()
+        optimizer.step()
+    # A handful of roundings per step in moves of at most some 25 (momentum): 8 ulp of the path's length.
+    path = 0.01 * steps * (25.0 if rule == "momentum" else 8.0)
+    torch.testing.assert_close(weight, param.detach(), rtol=0, atol=8 * 2.0**-23 * path)
+    assert float(weight.abs().max()) > 0.1
+
+
+def test_the_second_moment_of_the_momentum_is_the_smaller() -> None:
+    """For estimates that are noise, moves of R-AdaZO are longer: its second moment is of an average."""
+    lengths = {}
+    for name in ("adam", "adam_of_momentum"):
+        rule = table.RULES[name]()
+        rule.begin([Span("w", torch.zeros(500), 0)])
+        moves = [
+            rule.move(e, [rule.kept[key]["w"] for key in rule.keeps], i + 1)
+            for i, e in enumerate(estimates_of(60, 500))
+        ]
+        lengths[name] = float(moves[-1].square().mean().sqrt())
+    # An average of (1 - beta) / (1 + beta) = 1/9 of the variance: 3 times, when v has settled.
+    assert lengths["adam_of_momentum"] == pytest.approx(3.0 * lengths["adam"], rel=0.15)
+
+
+def model_after(**options: Any) -> list[Tensor]:
+    model = build("sequential")
+    optimizer = table.optimizer(model, lr=0.01, eps=0.01, directions=3, self_check=False, **options)
+    for step in range(8):
+        optimizer.step_batch(rows_for("sequential", 6, seed=step), loss_of)
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("rule", "limit"),
+    [
+        (zo_dist.Momentum(0.0, 0.1), zo_dist.SGD(0.1)),
+        (zo_dist.Adam(0.0, 0.0, 0.0, weight_decay=0.1), zo_dist.Sign(0.1)),
+        (zo_dist.Adam(0.0, second="momentum"), zo_dist.Adam(0.0)),
+    ],
+)
+@pytest.mark.parametrize("sampler", list(table.SAMPLERS))
+def test_rules_become_simpler_ones_at_their_limits(rule: Any, limit: Any, sampler: str) -> None:
+    pairs = zip(
+        model_after(rule=rule, sampler=sampler), model_after(rule=limit, sampler=sampler), strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", [name for name in table.RULES if name not in ("sgd", "sign")])
+def test_what_a_rule_keeps_of_undrawn_weights_stays(name: str) -> None:
+    optimizer = table.optimizer(
+        build("sequential"), sampler="uniform", rule=name, lr=0.01, eps=0.01, self_check=False
+    )
+    seen = set()
+    for step in range(6):
+        before = {k: {n: t.clone() for n, t in of.items()} for k, of in optimizer.rule.kept.items()}
+        writes = list(optimizer.writes)
+        optimizer.step_batch(rows_for("sequential", 6, seed=step), loss_of)
+        (drawn,) = optimizer.record.arms
+        for i, arm in enumerate(optimizer.arms):
+            assert optimizer.writes[i] == writes[i] + (i in drawn)
+            for key, of in optimizer.rule.kept.items():
+                for param in arm.params:
+                    changed = not torch.equal(of[param.name], before[key][param.name])
+                    assert changed <= (i in drawn)
+                    seen.add((changed, i in drawn))
+    assert seen >= {(True, True), (False, False)}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: zo_dist.Momentum(1.0), r"beta is 1\.0"),
+        (lambda: zo_dist.Adam(beta1=-0.1), r"beta1 is -0\.1"),
+        (lambda: zo_dist.Adam(beta2=math.nan), "beta2 is nan"),
+        (lambda: zo_dist.Adam(eps=-1.0), r"eps is -1\.0"),
+        (lambda: zo_dist.Adam(second="first"), "use one of estimate, momentum"),  # type: ignore[arg-type]
+    ],
+)
+def test_options_out_of_range_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_rule_without_a_move_says_so() -> None:
+    with pytest.raises(TypeError, match="override move"):
+        Rule().move(torch.zeros(1), [], 1)
+
+
+@pytest.mark.parametrize("rule", list(table.RULES))
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_state_goes_on_where_it_was_saved(rule: str, rounding: str) -> None:
+    def make() -> zo_dist.ZeroOrder:
+        return table.optimizer(
+            build("sequential", torch.bfloat16), rule=rule, rounding=rounding, sampler="adalezo",
+            coefficients="rms", lr=0.01, eps=0.01, self_check=False,
+        )  # fmt: skip
+
+    def step(optimizer: zo_dist.ZeroOrder, number: int) -> None:
+        optimizer.step_batch(rows_for("sequential", 6, seed=number, dtype=torch.bfloat16), loss_of)
+
+    whole, again = make(), make()
+    for number in range(4):
+        step(whole, number)
+    again.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for mine, theirs in zip(again.params, whole.params, strict=True):
+        mine.param.data.copy_(theirs.param.data)
+    for number in range(4, 8):
+        step(whole, number)
+        step(again, number)
+    for mine, theirs in zip(again.params, whole.params, strict=True):
+        assert torch.equal(mine.param, theirs.param)
+    assert repr(again.state_dict()) == repr(whole.state_dict())
+
+
+def test_state_of_another_rule_is_refused() -> None:
+    saved = table.optimizer(build("sequential"), rule="momentum").state_dict()
+    with pytest.raises(ValueError, match="of another rule"):
+        table.optimizer(build("sequential"), rule="adam").load_state_dict(saved)

@@ -44,7 +44,9 @@ def step_records(draw: Any) -> StepRecord:
         few = draw(st.lists(scale, min_size=1, max_size=NUM_ARMS))
         scales.append(tuple(draw(st.lists(st.sampled_from(few), min_size=len(a), max_size=len(a)))))
     slopes = draw(st.lists(FINITE, min_size=num_directions, max_size=num_directions))
-    return StepRecord(draw(st.integers(0, 2**63)), draw(FINITE), tuple(slopes), tuple(arms), tuple(scales))
+    losses = (draw(FINITE), draw(FINITE)) if slopes else ()
+    head = draw(st.integers(0, 2**63)), draw(FINITE)
+    return StepRecord(*head, tuple(slopes), tuple(arms), tuple(scales), losses)
 
 
 @given(step_records())
@@ -63,7 +65,11 @@ def written(path: Path, steps: int = 6, num_arms: int = NUM_ARMS) -> list[StepRe
         arms = [tuple(sorted(draw.sample(range(num_arms), 6))) for _ in range(0 if step == 3 else 2)]
         scales = [torch.randn(6).tolist() if i else [0.25] * 6 for i in range(len(arms))]
         slopes = tuple(draw.gauss(0, 1) for _ in arms)
-        records.append(StepRecord(step, 1e-4, slopes, tuple(arms), tuple(map(tuple, scales))))
+        records.append(
+            StepRecord(
+                step, 1e-4, slopes, tuple(arms), tuple(map(tuple, scales)), (0.5, 0.25) if slopes else ()
+            )
+        )
     with TrajectoryWriter(path, {"arms": [f"layer {i}" for i in range(num_arms)], "seed": 3}) as log:
         for record in records:
             log.append(record)
@@ -136,15 +142,15 @@ def test_files_that_are_no_log_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_takes_no_part_of_a_record(tmp_path: Path) -> None:
-    record = StepRecord(0, 0.1, (1.0,), ((0,),), ((2.0,),))
+    record = StepRecord(0, 0.1, (1.0,), ((0,),), ((2.0,),), (0.5, 0.25))
     with TrajectoryWriter(tmp_path / "log", {"arms": ["one"]}) as log:
         log.append(record)
         size = (tmp_path / "log").stat().st_size
         with files_no_longer_than(size + 10), pytest.raises(OSError, match=r"could be written|too large"):
-            log.append(StepRecord(1, 0.1, (1.0,), ((0,),), ((2.0,),)))
+            log.append(StepRecord(1, 0.1, (1.0,), ((0,),), ((2.0,),), (0.5, 0.25)))
         assert (tmp_path / "log").stat().st_size == size
         with files_no_longer_than(size + 10), pytest.raises(OSError, match=r"could be written|too large"):
-            log.append(StepRecord(1, 0.1, (1.0,), ((0,),), ((2.0,),)))
+            log.append(StepRecord(1, 0.1, (1.0,), ((0,),), ((2.0,),), (0.5, 0.25)))
         assert (tmp_path / "log").stat().st_size == size
         log.append(StepRecord(1, 0.1))
     assert [r.step for r in TrajectoryReader(tmp_path / "log")] == [0, 1]
@@ -168,14 +174,14 @@ def test_a_log_goes_on_after_its_last_whole_record(tmp_path: Path) -> None:
 )
 def test_a_scale_that_several_arms_share_is_stored_once(distinct: int, size: int) -> None:
     arms = tuple(range(300))
-    record = StepRecord(0, 0.1, (1.0,), (arms,), (tuple(float(arm % distinct) for arm in arms),))
+    record = StepRecord(0, 0.1, (1.0,), (arms,), (tuple(float(arm % distinct) for arm in arms),), (0.5, 0.25))
     data = record.pack(300)
-    assert len(data) == 18 + 9 + 38 + size
+    assert len(data) == 34 + 9 + 38 + size
     assert StepRecord.unpack(data, 300) == record
 
 
 def test_an_index_of_no_scale_is_found() -> None:
-    record = StepRecord(0, 0.1, (1.0,), (tuple(range(9)),), ((1.0, 2.0, 3.0) * 3,))
+    record = StepRecord(0, 0.1, (1.0,), (tuple(range(9)),), ((1.0, 2.0, 3.0) * 3,), (0.5, 0.25))
     data = record.pack(9)
     with pytest.raises(IndexError):
         StepRecord.unpack(data[:-1] + b"\x03", 9)
@@ -194,8 +200,8 @@ def test_a_direction_takes_less_than_64_bytes(sampler: str, num_arms: int) -> No
         draws = [chosen.draw(step, direction) for direction in range(4)]
         slopes = [sum(numbers.gauss(0, lengths[arm]) for arm in draw.arms) for draw in draws]
         for draw, slope in zip(draws, slopes, strict=True):
-            record = StepRecord.of(step, 1e-4, [draw], [slope], [slope / 4])
-            sizes += [len(record.pack(num_arms)) - len(StepRecord(step, 1e-4).pack(num_arms))]
+            record = StepRecord.of(step, 1e-4, [draw], [slope], [slope / 4], (0.5, 0.25))
+            sizes += [len(record.pack(num_arms)) - len(StepRecord(step, 1e-4).pack(num_arms)) - 16]
         chosen.observe(draws, slopes)
     mean, most = sum(sizes[800:]) / 800, max(sizes[800:])
     print(f"{sampler}, {num_arms} arms: {mean:.1f} bytes, at most {most}")
@@ -209,9 +215,8 @@ def test_a_direction_takes_less_than_64_bytes(sampler: str, num_arms: int) -> No
 
 def make(**options: Any) -> zo_dist.ZeroOrder:
     dtype = table.dtype_of(options.pop("dtype", "float32"))
-    return table.optimizer(
-        build("sequential", dtype), self_check=False, rule=zo_dist.SGD(weight_decay=0.01), lr=0.03, **options
-    )
+    options = {"weight_decay": 0.01, "lr": 0.03, **options}
+    return table.optimizer(build("sequential", dtype), self_check=False, **options)
 
 
 def nan_in_step(number: int) -> Any:
@@ -232,15 +237,21 @@ def run_and_log(path: Path, steps: int, **options: Any) -> zo_dist.ZeroOrder:
 
 
 COMBINATIONS = table.all_pairs(
-    table.WRITES, tuple(table.SAMPLERS), tuple(table.ESTIMATORS), table.LAWS, table.DIRECTIONS[:3]
+    table.WRITES,
+    tuple(table.RULES),
+    tuple(table.COEFFICIENTS),
+    tuple(table.SAMPLERS),
+    tuple(table.ESTIMATORS),
+    table.LAWS,
+    table.DIRECTIONS[:3],
 )
 
 
 @pytest.mark.parametrize("row", COMBINATIONS, ids=str)
 def test_replay_gives_the_weights_and_the_state_of_the_run(tmp_path: Path, row: tuple[Any, ...]) -> None:
-    (dtype, rounding), sampler, estimator, law, directions = row
+    (dtype, rounding), rule, coefficients, sampler, estimator, law, directions = row
     options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "sampler": sampler, "noise": law}
-    options.update(estimator=estimator, directions=directions)
+    options.update(estimator=estimator, directions=directions, rule=rule, coefficients=coefficients)
     ran = run_and_log(tmp_path / "log", 20, **options)
     assert ran.skipped == 1
     again = make(**options)
@@ -335,7 +346,7 @@ def test_records_that_do_not_fit_are_refused() -> None:
         optimizer.replay(StepRecord(1, 0.1))
     optimizer.replay(StepRecord(0, 0.1))
     with pytest.raises(TrajectoryError, match="drew other arms"):
-        optimizer.replay(StepRecord(1, 0.1, (1.0,), ((0, 1, 2, 3, 4),), ((1.0,) * 5,)))
+        optimizer.replay(StepRecord(1, 0.1, (1.0,), ((0, 1, 2, 3, 4),), ((1.0,) * 5,), (0.5, 0.25)))
 
 
 def test_an_optimizer_that_has_stepped_is_refused(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from zo_dist.coefficients import Clip, Raw, RootMeanSquare, SignOnly, Standardise
 from zo_dist.engines import DesyncError
 from zo_dist.estimators import OneSided, TwoSided
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
-from zo_dist.rules import SGD
+from zo_dist.rules import SGD, Adam, Momentum, Sign
 from zo_dist.samplers import AdaLeZO, Dense, Uniform
+from zo_dist.scale import LearnedScale, RunningScale
 from zo_dist.selfcheck import SelfCheckError
 from zo_dist.tasks.scoring import causal_lm_loss, choice_loss
 from zo_dist.trajectory import StepRecord, TrajectoryError, TrajectoryReader, TrajectoryWriter
@@ -16,11 +18,21 @@ __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "AdaLeZO",
+    "Adam",
+    "Clip",
     "Dense",
     "DesyncError",
+    "LearnedScale",
+    "Momentum",
     "NonFiniteLossError",
     "OneSided",
+    "Raw",
+    "RootMeanSquare",
+    "RunningScale",
     "SelfCheckError",
+    "Sign",
+    "SignOnly",
+    "Standardise",
     "StepRecord",
     "TrajectoryError",
     "TrajectoryReader",

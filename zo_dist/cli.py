@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from zo_dist.config import Config, load_config
 from zo_dist.engines import DesyncError, Engine, initialize_process_group, leave_process_group
+from zo_dist.learn_scale import Learning
 from zo_dist.optimizer import NonFiniteLossError
 from zo_dist.resume import LOG, Interrupted, check_run
 from zo_dist.settings import apply_overrides, build
@@ -57,7 +59,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     # The deepspeed launcher adds it; what counts is the environment, which it sets as well.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train | eval | export | replay | check"
+        dest="command", required=True, metavar="train | eval | export | replay | check | learn-scale"
     )
     train = commands.add_parser("train", help="fine-tune a model as a config file says")
     train.add_argument("config", help="YAML file; every key is described in zo_dist/config.py")
@@ -80,7 +82,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     check = commands.add_parser("check", help="read a run's folder and say whether all of it is whole")
     check.add_argument("run", help="the folder of a run, or of a saved model")
     check.set_defaults(overrides=[])
-    for command in (train, evaluate, replay, export):
+    learn = commands.add_parser(
+        "learn-scale", help="how far each parameter is to be perturbed, learnt once for a base model"
+    )
+    learn.add_argument("config", help="YAML file: its model, data and train.rows are used")
+    learn.add_argument("--to", required=True, metavar="FILE", help="what optimizer.scale.path then names")
+    for field in fields(Learning):
+        option = "--" + field.name.replace("_", "-")
+        learn.add_argument(option, type=type(field.default), default=field.default, metavar="X")
+    for command in (train, evaluate, replay, export, learn):
         command.add_argument(
             "--deepspeed", metavar="DS_JSON", help="short for engine.kind=deepspeed engine.deepspeed=DS_JSON"
         )
@@ -108,13 +118,17 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     # Imports transformers: `--help` and a mistake in the config need not wait for it.
     from transformers.utils.logging import disable_progress_bar
 
-    from zo_dist.train import run_evaluation, run_replay, run_training
+    from zo_dist.train import run_evaluation, run_learning, run_replay, run_training
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     if args.command in ("replay", "export"):
         from_snapshot = args.command == "export"
         paths = Path(args.log), Path(args.to)
         return run_replay(config, *paths, args.step, ranks, from_snapshot=from_snapshot)
+    if args.command == "learn-scale":
+        with ranks.jointly():
+            learning = Learning(**{field.name: getattr(args, field.name) for field in fields(Learning)})
+        return run_learning(config, learning, Path(args.to), ranks)
     return run_training(config, ranks) if args.command == "train" else run_evaluation(config, ranks)
 
 
@@ -122,7 +136,7 @@ def _config(args: argparse.Namespace) -> Config:
     overrides = list(args.overrides)
     if args.deepspeed is not None:
         overrides += ["engine.kind=deepspeed", f"engine.deepspeed={json.dumps(args.deepspeed)}"]
-    if args.command == "train":
+    if args.command in ("train", "learn-scale"):
         return load_config(args.config, overrides)
     if args.command in ("replay", "export"):
         return _replayed(args, overrides)

@@ -13,10 +13,19 @@ import torch
 import yaml
 
 from zo_dist.estimators import Estimator, OneSided, TwoSided
+from zo_dist.methods import (
+    AnyCoefficients,
+    AnyRule,
+    AnySampler,
+    AnyScale,
+    DenseConfig,
+    NoScaleConfig,
+    RawConfig,
+    SGDConfig,
+)
 from zo_dist.noise import Law
 from zo_dist.optimizer import Perturb
-from zo_dist.rules import SGD, Rounding, Rule
-from zo_dist.samplers import AdaLeZO, Dense, Sampler, Uniform
+from zo_dist.rounding import Rounding
 from zo_dist.settings import apply_overrides, build, read_yaml
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -122,58 +131,21 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DenseConfig:
-    """Every arm in every direction (MeZO)."""
-
-    name: Literal["dense"] = "dense"
-
-    def build(self) -> Sampler:
-        return Dense()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UniformConfig:
-    """A uniform subset of the arms (LeZO). `sparsity`: the share left out."""
-
-    name: Literal["uniform"] = "uniform"
-    sparsity: float = 0.75
-
-    def __post_init__(self) -> None:
-        self.build()
-
-    def build(self) -> Sampler:
-        return Uniform(self.sparsity)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdaLeZOConfig:
-    """A bandit over the arms; the options are those of `zo_dist.AdaLeZO`."""
-
-    name: Literal["adalezo"] = "adalezo"
-    ratio: float = 0.2
-    tau: float = 0.6
-    gamma: float = 0.1
-    alpha: float = 0.1
-    clip: float = 4.0
-    normalise: bool = True
-
-    def __post_init__(self) -> None:
-        self.build()
-
-    def build(self) -> Sampler:
-        options = {k: v for k, v in dataclasses.asdict(self).items() if k != "name"}
-        return AdaLeZO(**options)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """The step: see `zo_dist.ZeroOrder`, which has the same words."""
+    """The step: see `zo_dist.ZeroOrder`, which has the same words, and methods.py for the sections.
+
+    `clip_rows`: see `zo_dist.TwoSided`; null does not clip.
+    """
 
     lr: float
     eps: float = 1e-3
     directions: int = 1
-    sampler: DenseConfig | UniformConfig | AdaLeZOConfig = field(default_factory=DenseConfig)
+    sampler: AnySampler = field(default_factory=DenseConfig)
     estimator: Literal["two_sided", "one_sided"] = "two_sided"
+    clip_rows: float | None = None
+    coefficients: AnyCoefficients = field(default_factory=RawConfig)
+    rule: AnyRule = field(default_factory=SGDConfig)
+    scale: AnyScale = field(default_factory=NoScaleConfig)
     perturb: Perturb = "module"
     noise: Law = "rademacher"
     rounding: Rounding = "stochastic"
@@ -190,13 +162,13 @@ class OptimizerConfig:
                 raise ValueError(f"{name} is {value}; it must be finite and above 0")
         _at_least(self, 1, "directions")
         _at_least(self, 0, "seed", "max_skipped")
-        self.build_rule()
-
-    def build_rule(self) -> Rule:
-        return SGD(self.weight_decay)
+        self.rule.build(self.weight_decay)
+        self.build_estimator()
+        self.coefficients.build().bind(self.directions)
 
     def build_estimator(self) -> Estimator:
-        return TwoSided() if self.estimator == "two_sided" else OneSided()
+        clip_rows = math.inf if self.clip_rows is None else self.clip_rows
+        return TwoSided(clip_rows) if self.estimator == "two_sided" else OneSided(clip_rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 
-class TwoSided:
+class Estimator:
+    """What all share: the difference of the losses at two shifts, over their distance.
+
+    `signs`: where the two probes of a direction lie, in `eps` along it. `clip_rows`: the slope of each
+    row by itself is cut to `[-clip_rows, clip_rows]` before rows are added up, so that none counts for
+    more: DPZero (arXiv 2310.09639), DP-ZO (2401.04343). The noise that would make it private, and the
+    accounting, are not here. It needs one loss per row, so `ZeroOrder.step_batch`.
+    """
+
+    signs: tuple[float, float]
+
+    def __init__(self, clip_rows: float = math.inf) -> None:
+        if not clip_rows > 0.0:
+            raise ValueError(f"clip_rows is {clip_rows}; it must be above 0 (.inf does not clip)")
+        self.clip_rows = clip_rows
+
+    def _distance(self, eps: float) -> float:
+        return (self.signs[0] - self.signs[1]) * eps
+
+    def slopes(self, losses: Tensor, eps: float) -> Tensor:
+        """`losses` float64 `[directions, 2]` in the order of `signs`; returns `[directions]`."""
+        return (losses[:, 0] - losses[:, 1]) / self._distance(eps)
+
+    def clipped(self, first: Tensor, second: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Sums and weights `[rows, 2]` of the same rows at both shifts, each difference cut, means kept."""
+        if self.clip_rows == math.inf:
+            return first, second
+        limit = self.clip_rows * self._distance(eps)
+        # A row of no weight has no loss to clip.
+        weights = torch.where(first[:, 1] > 0, first[:, 1], 1.0)
+        middle = (first[:, 0] + second[:, 0]) / 2.0
+        half = ((first[:, 0] - second[:, 0]) / weights).clamp(-limit, limit) * weights / 2.0
+        return (
+            torch.stack([middle + half, first[:, 1]], dim=1),
+            torch.stack([middle - half, second[:, 1]], dim=1),
+        )
+
+
+class TwoSided(Estimator):
     """`(L(w + eps z) - L(w - eps z)) / (2 eps)`: SPSA (Spall 1992), as in MeZO. Two forwards.
 
     The antithetic pair cancels the even orders of the loss.
@@ -13,22 +54,11 @@ class TwoSided:
 
     signs = (1.0, -1.0)
 
-    def slopes(self, losses: Tensor, eps: float) -> Tensor:
-        """`losses` float64 `[directions, 2]` in the order of `signs`; returns `[directions]`."""
-        return (losses[:, 0] - losses[:, 1]) / (2.0 * eps)
 
-
-class OneSided:
+class OneSided(Estimator):
     """`(L(w + eps z) - L(w)) / eps`. The unshifted probes of all directions share clean weights.
 
     Biased by O(eps); perturbs half as many copies as `TwoSided`.
     """
 
     signs = (1.0, 0.0)
-
-    def slopes(self, losses: Tensor, eps: float) -> Tensor:
-        """`losses` float64 `[directions, 2]` in the order of `signs`; returns `[directions]`."""
-        return (losses[:, 0] - losses[:, 1]) / eps
-
-
-Estimator = TwoSided | OneSided

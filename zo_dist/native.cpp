@@ -288,6 +288,19 @@ uint64_t fingerprint(const T* words, int64_t numel, uint64_t offset, int threads
     return total;
 }
 
+// agreement.py: the sums of elements and of squares, each rounded to a whole number of its units first.
+template <class T>
+void moment_sums(const T* weight, int64_t numel, int64_t* sums, int threads) {
+    int64_t first = 0, second = 0;
+#pragma omp parallel for simd num_threads(threads) schedule(static) reduction(+ : first, second)
+    for (int64_t i = 0; i < numel; i++) {
+        const double x = std::min(32.0, std::max(-32.0, double(widen(weight[i]))));
+        first += int64_t(std::nearbyint(x * 0x1p24));
+        second += int64_t(std::nearbyint(x * x * 0x1p32));
+    }
+    sums[0] = first, sums[1] = second;
+}
+
 // Calls `function` with a null pointer of the weights' type, by the number native.py gives it.
 template <class Function>
 void with_type(int dtype, Function function) {
@@ -322,6 +335,12 @@ uint64_t zo_fingerprint(int bytes, const void* words, int64_t numel, uint64_t of
     if (bytes == 2) return fingerprint(static_cast<const int16_t*>(words), numel, offset, threads);
     if (bytes == 4) return fingerprint(static_cast<const int32_t*>(words), numel, offset, threads);
     return fingerprint(static_cast<const int64_t*>(words), numel, offset, threads);
+}
+
+void zo_moment_sums(int dtype, const void* weight, int64_t numel, int64_t* sums, int threads) {
+    with_type(dtype, [&](auto* type) {
+        moment_sums(static_cast<decltype(type)>(const_cast<void*>(weight)), numel, sums, threads);
+    });
 }
 
 void zo_round(int dtype, void* out, const float* exact, int64_t numel, uint64_t offset, const Stream* s,

@@ -54,6 +54,7 @@ _FUNCTIONS = {
         *(c_int, c_int, c_void_p, c_void_p, c_int64, c_uint64, _ADDRESS, _WORDS, _FLOATS, c_int),
         *(c_int, c_uint32, c_float, c_float, c_int),
     ),
+    "zo_moment_sums": (c_int, c_void_p, c_int64, POINTER(c_int64), c_int),
     "zo_fingerprint": (c_int, c_void_p, c_int64, c_uint64, c_int),
 }
 
@@ -173,6 +174,14 @@ def update(
     word = 0 if rounding is None else rounding.word
     how = rounding is not None, word, keep, lr, torch.get_num_threads()
     _functions().zo_update(*kind, *place, *_terms(address, terms), *how)
+
+
+def moment_sums(weight: Tensor) -> tuple[int, int]:
+    """`agreement.moment_sums`, of a piece that cannot overflow."""
+    sums = (c_int64 * 2)()
+    place = _DTYPES[weight.dtype], _pointer(weight), weight.numel(), sums
+    _functions().zo_moment_sums(*place, torch.get_num_threads())
+    return sums[0], sums[1]
 
 
 def fingerprint(words: Tensor, offset: int) -> int:

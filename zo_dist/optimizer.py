@@ -10,17 +10,22 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from zo_dist.coefficients import Coefficients, Raw
 from zo_dist.engines import select
 from zo_dist.estimators import Estimator, TwoSided
 from zo_dist.noise import Law, Noise
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
+from zo_dist.parts import Shifts
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 from zo_dist.prefix import PrefixUnsafeError
 from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, closure_sums, first_row, num_rows
-from zo_dist.rules import SGD, Rounding, Rounding16, Rule, update_span, use_each_kernel
+from zo_dist.rounding import Rounding, Rounding16
+from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
+from zo_dist.scale import Scale
 from zo_dist.selfcheck import check_engine
 from zo_dist.trajectory import StepRecord, TrajectoryError
+from zo_dist.update import update_span, use_each_kernel
 
 Perturb = Literal["module", "shard"]
 
@@ -62,7 +67,9 @@ class ZeroOrder(torch.optim.Optimizer):
         eps: float = 1e-3,
         sampler: Sampler | None = None,
         estimator: Estimator | None = None,
+        coefficients: Coefficients | None = None,
         rule: Rule | None = None,
+        scale: Scale | None = None,
         directions: int = 1,
         perturb: Perturb = "module",
         noise: Law = "rademacher",
@@ -92,9 +99,17 @@ class ZeroOrder(torch.optim.Optimizer):
             self.sampler = sampler or Dense()
             self.sampler.bind(len(self.arms), self.noise)
             self.estimator = estimator or TwoSided()
+            self.coefficients = coefficients or Raw()
+            self.coefficients.bind(directions)
             self.rule = rule or SGD()
+            self.scale = scale or Scale()
+            self.scale.bind(self.arms)
+            self.factors: dict[str, float] = {}
             self.rounding = Rounding16(rounding, self.noise)
-            self.rounding.begin(self.engine.spans(self.params))
+            for part in (self.rule, self.rounding):
+                part.begin(self.engine.spans(self.params))
+            # How often each arm was written.
+            self.writes = [0] * len(self.arms)
             self.eps, self.directions, self.perturb = eps, directions, perturb
             self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
             self.step_count = self.skipped = self.skipped_in_a_row = 0
@@ -111,6 +126,10 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         if closure is None:
             raise ValueError("a zeroth-order step evaluates the loss itself: pass a closure")
+        if math.isfinite(self.estimator.clip_rows):
+            raise ValueError(
+                f"clip_rows is {self.estimator.clip_rows}: rows have losses with step_batch alone"
+            )
         self._prepare(lambda rows: closure_sums(closure)[:1], stacks=False)
         return self._step(lambda probes: probes.by_closure(closure))
 
@@ -133,14 +152,17 @@ class ZeroOrder(torch.optim.Optimizer):
         self.step_count += 1
         # torch's schedulers look here for whether a step came before theirs; `step_batch` is one too.
         self._opt_called = True
+        self.factors = self.scale.factors(self.engine)
         draws = [self.sampler.draw(step, d) for d in range(self.directions)]
         with evaluating(self.engine.module):
-            sums = self.engine.reduce(self._sums(evaluate, draws, step), alike=(lr, draws, self.record))
+            alike = lr, draws, self.record, self.factors
+            sums = self.engine.reduce(self._sums(evaluate, draws, step), alike)
         losses, weights = sums[..., 0] / sums[..., 1], sums[..., 1].sum(1)
+        of_sides = (sums[..., 0].sum(0) / sums[..., 1].sum(0)).tolist()
         slopes = self.estimator.slopes(losses, self.eps)
         # Each direction's share of the rows (or tokens): the update is the mean over all rows.
-        coefs = slopes * weights / weights.sum()
-        self.record = StepRecord.of(step, lr, draws, slopes.tolist(), coefs.tolist())
+        coefs = slopes.new_tensor(self.coefficients.of(slopes.tolist())) * weights / weights.sum()
+        self.record = StepRecord.of(step, lr, draws, slopes.tolist(), coefs.tolist(), of_sides)
         if not self.record.finite:
             return self._skip(step, lr)
         self._finish(self.record, draws)
@@ -150,15 +172,20 @@ class ZeroOrder(torch.optim.Optimizer):
         if record.lr:
             self._write(record)
         self.sampler.observe(draws, record.slopes)
+        self.coefficients.observe(record.slopes)
+        self.scale.observe(record)
         self.skipped_in_a_row = 0
 
     def _write(self, record: StepRecord) -> None:
         terms = record.terms
         params = {p.name: (p, arm) for arm in sorted(terms) for p in self.arms[arm].params}
+        for arm in terms:
+            self.writes[arm] += 1
         for span in self.engine.spans([p for p, _ in params.values()]):
             param, arm = params[span.name]
-            args = self.rule, self.rounding, self.noise, record.step, record.lr
-            update_span(span, param, terms[arm], *args)
+            args = self.rule, self.rounding, self.noise, record.step, record.lr, self.writes[arm]
+            factor = self.factors.get(span.name, 1.0)
+            update_span(span, param, [(d, coef * factor) for d, coef in terms[arm]], *args)
         self.engine.publish()
 
     @torch.no_grad()
@@ -171,6 +198,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         if record.step != self.step_count:
             raise TrajectoryError(f"step {record.step} cannot follow: the next is step {self.step_count}")
+        self.factors = self.scale.factors(self.engine)
         draws = [self.sampler.draw(record.step, d) for d in range(len(record.slopes))]
         if tuple(draw.arms for draw in draws) != record.arms:
             raise TrajectoryError(
@@ -195,12 +223,13 @@ class ZeroOrder(torch.optim.Optimizer):
     def _probes(self, draws: list[Draw], step: int) -> StepProbes:
         drawn = [[p for arm in d.arms for p in self.arms[arm].params] for d in draws]
         perturbation: ModulePerturbation | ShardPerturbation
+        shifts = Shifts(self.noise, step, self.eps, self.factors)
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
-            perturbation = ModulePerturbation(list(union.values()), self.noise, step, self.eps, self.layers)
+            perturbation = ModulePerturbation(list(union.values()), shifts, self.layers)
         else:
-            perturbation = ShardPerturbation(self.noise, step, self.eps, self.engine.publish)
-        return StepProbes(self.engine, drawn, self.estimator.signs, perturbation)
+            perturbation = ShardPerturbation(shifts, self.engine.publish)
+        return StepProbes(self.engine, drawn, self.estimator, self.eps, perturbation)
 
     def _skip(self, step: int, lr: float) -> float:
         self.record = StepRecord(step, lr)
@@ -270,41 +299,65 @@ class ZeroOrder(torch.optim.Optimizer):
         settings: dict[str, object] = {"lr": lr, "eps": self.eps, "directions": self.directions}
         settings.update(perturb=self.perturb, noise=self.noise.law, seed=self.noise.seed)
         settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
-        for part in (self.sampler, self.estimator, self.rule):
+        for part in (self.sampler, self.estimator, self.coefficients, self.rule, self.scale):
             settings[type(part).__name__] = options_of(part)
         settings["parameters"] = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in self.params]
         return settings
 
-    def state_dict(self) -> dict[str, Any]:
-        """What resumes a run on the same shards: counters, sampler, lr, and the rounding's state.
+    @property
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """What this rank keeps beside its spans: by what it is, and by canonical name."""
+        return {"lost": self.rounding.lost, **self.rule.kept}
 
-        `lost` (kahan) holds this rank's spans by canonical name. Weights are not in it.
-        """
+    @property
+    def scalars(self) -> dict[str, Any]:
+        """The rest of the state, the same on every rank, for JSON. Settable."""
         return {
             "step": self.step_count,
-            "skipped": self.skipped,
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "writes": list(self.writes),
             "sampler": self.sampler.state_dict(),
-            "lost": {name: t.clone() for name, t in self.rounding.lost.items()},
+            "coefficients": self.coefficients.state_dict(),
+            "scale": self.scale.state_dict(),
+        }
+
+    @scalars.setter
+    def scalars(self, scalars: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(scalars["sampler"])
+        self.coefficients.load_state_dict(scalars["coefficients"])
+        self.scale.load_state_dict(scalars["scale"])
+        self.step_count, self.writes = scalars["step"], list(scalars["writes"])
+        self.skipped, self.skipped_in_a_row = scalars["skipped"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resumes a run on the same shards: `scalars`, lr, and `beside`. Weights are not in it."""
+        return {
+            "scalars": self.scalars,
+            "beside": {key: {n: t.clone() for n, t in of.items()} for key, of in self.beside.items()},
             "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up `state_dict`; raises ValueError if it is of other arms, shards or rounding."""
-        lost = state_dict["lost"]
-        mine = {name: t.shape for name, t in self.rounding.lost.items()}
-        if {name: t.shape for name, t in lost.items()} != mine:
+        """Take up `state_dict`; raises ValueError if it is of other arms, shards, rule or rounding."""
+        saved = _tensors(state_dict["beside"])
+        mine = _tensors(self.beside)
+        if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in mine.items()}:
             raise ValueError(
-                "the saved rounding state is of other shards or another rounding mode: it holds "
-                f"{len(lost)} spans, this rank has {len(mine)} ({self.rounding.mode})"
+                "the saved state is of other shards, or of another rule or rounding: it holds "
+                f"{sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} spans, this rank has "
+                f"{sorted({kind for kind, _ in mine}) or 'nothing'} of {len(mine)}"
             )
-        self.sampler.load_state_dict(state_dict["sampler"])
-        self.step_count, self.skipped = state_dict["step"], state_dict["skipped"]
-        for name, tensor in lost.items():
-            self.rounding.lost[name].copy_(tensor)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update(saved)
+        self.scalars = state_dict["scalars"]
+        for key, tensor in saved.items():
+            mine[key].copy_(tensor)
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved_group)
+
+
+def _tensors(beside: dict[str, dict[str, Tensor]]) -> dict[tuple[str, str], Tensor]:
+    return {(kind, name): tensor for kind, of in beside.items() for name, tensor in of.items()}
 
 
 def options_of(part: object) -> dict[str, int | float | str]:
-    """The settings of a sampler, estimator or rule; its state is in lists and tensors."""
+    """The settings of a sampler, estimator, rule and the like; its state is in lists, dicts and tensors."""
     return {k: v for k, v in vars(part).items() if isinstance(v, int | float | str)}

@@ -11,40 +11,32 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from zo_dist.noise import Noise
 from zo_dist.params import Owner, Param, Span
+from zo_dist.parts import (
+    Probe,
+    Scratch,
+    Shifts,
+    is_own,
+    linear,
+    looked_up,
+    looks_up_few,
+    writes_in_place,
+)
 from zo_dist.prefix import SharedPrefix, wrapped_forwards
 from zo_dist.rows import Merged, rows_per_row, take
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One evaluation of the loss: weights shifted by `sign * eps * z` of one direction.
-
-    `drawn`: names of the parameters that the direction perturbs; empty for the unshifted probe.
-    """
-
-    direction: int
-    sign: float
-    drawn: frozenset[str]
-
 
 Live = Sequence[tuple[Probe, int]]  # the probes that an input carries along dim 0, with their rows
 # An owner's shifted parameters; None where it makes its own of them, a part at a time.
 Copies = list[tuple[Owner, Tensor]] | None
 
-# Larger owners are not copied for both sides at once, and torch's own linear layers not as a whole.
+# Larger owners are not copied for both sides at once.
 _LARGE = 1 << 24
-
-# An embedding of at least so many rows for each token is shifted where it is looked up.
-_FEW = 8
 
 
 class ModulePerturbation:
@@ -52,19 +44,17 @@ class ModulePerturbation:
 
     Cost: one pass over each drawn weight per probe, a scratch copy of the largest owner, no traffic.
     Engine hooks (a ZeRO-3 gather, an FSDP2 unshard) run around the wrapped forward, so what is
-    shifted is the gathered weight. `eps` is the perturbation size, `step` keys the noise. With
-    `layers` (the model's repeated blocks in order), those before the first drawn one run once.
+    shifted is the gathered weight. With `layers` (the model's repeated blocks in order), those before
+    the first drawn one run once.
     """
 
     def __init__(
         self,
         params: Sequence[Param],
-        noise: Noise,
-        step: int,
-        eps: float,
+        shifts: Shifts,
         layers: Sequence[nn.Module] = (),
     ) -> None:
-        self._noise, self._step, self._eps = noise, step, eps
+        self._shifts, self._scratch = shifts, Scratch()
         self._owned: dict[nn.Module, list[tuple[Owner, Param]]] = {}
         for param in params:
             for owner in param.owners:
@@ -72,8 +62,6 @@ class ModulePerturbation:
         self._prefix = SharedPrefix(layers, self._owned)
         self._live: Live = ()
         self._ran: set[nn.Module] = set()
-        self._scratch: list[Tensor] = []
-        self._depth = 0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -132,11 +120,16 @@ class ModulePerturbation:
         """Run each drawn probe's rows with its own copy, all others together, and put them in order."""
         live = self._live
         bounds = [0]
-        for _, rows in live:
-            bounds.append(bounds[-1] + rows)
+        for _, count in live:
+            bounds.append(bounds[-1] + count)
         where = type(owner).__name__ + " of " + sorted(names)[0]
         leaves, spec = pytree.tree_flatten((args, kwargs))
         takes_rows = [rows_per_row(leaf, bounds[-1], where) for leaf in leaves]
+        others = [i for i, (probe, _) in enumerate(live) if not names & probe.drawn]
+        groups = self._sides(owner, [i for i in range(len(live)) if i not in others])
+        if is_own(nn.Linear, forward, args, kwargs) and takes_rows[0] and writes_in_place(owner, args[0]):
+            rows = [slice(a * takes_rows[0], b * takes_rows[0]) for a, b in itertools.pairwise(bounds)]
+            return self._split_linear(owner, groups, others, rows, forward, args[0])
         merged = Merged(bounds, any(takes_rows), where)
 
         def run(group: list[int], copies: Copies) -> None:
@@ -146,9 +139,8 @@ class ModulePerturbation:
             self._live = tuple(live[i] for i in group)
             merged.put(group, self._run(owner, live[group[0]][0], copies, forward, piece_args, piece_kwargs))
 
-        others = [i for i, (probe, _) in enumerate(live) if not names & probe.drawn]
         try:
-            for sides in self._sides(owner, [i for i in range(len(live)) if i not in others]):
+            for sides in groups:
                 with self._shifted(owner, [live[i][0] for i in sides], forward, args, kwargs) as all_copies:
                     for i, copies in zip(sides, all_copies, strict=True):
                         run([i], copies)
@@ -158,9 +150,31 @@ class ModulePerturbation:
             self._live = live
         return merged.result()
 
+    def _split_linear(
+        self,
+        owner: nn.Module,
+        groups: list[list[int]],
+        others: list[int],
+        rows: list[slice],
+        forward: Callable[..., Any],
+        x: Tensor,
+    ) -> Tensor:
+        """`_split` for torch's own linear layer: the products of drawn probes land where they belong."""
+        assert isinstance(owner, nn.Linear)
+        out = x.new_empty(*x.shape[:-1], owner.out_features)
+        for sides in groups:
+            self._linear(owner, [(self._live[i][0], x[rows[i]], out[rows[i]]) for i in sides])
+        if others:
+            together = forward(torch.cat([x[rows[i]] for i in others]))
+            sizes = [rows[i].stop - rows[i].start for i in others]
+            for i, part in zip(others, torch.split(together, sizes), strict=True):
+                out[rows[i]] = part
+        return out
+
     def _sides(self, owner: nn.Module, drawn: list[int]) -> list[list[int]]:
         """The drawn probes, two at a time where these are the two sides of a direction."""
-        if sum(param.shape.numel() for _, param in self._owned[owner]) > _LARGE:
+        whole = not isinstance(owner, nn.Linear)
+        if whole and sum(param.shape.numel() for _, param in self._owned[owner]) > _LARGE:
             return [[i] for i in drawn]
         # The probes of a direction follow each other.
         by_direction = itertools.groupby(drawn, key=lambda i: self._live[i][0].direction)
@@ -176,9 +190,11 @@ class ModulePerturbation:
         kwargs: dict[str, Any],
     ) -> Any:
         """The owner's output with its parameters pointed at `copies`; they are pointed back after."""
+        if copies is None and isinstance(owner, nn.Embedding):
+            ((place, param),) = self._owned[owner]
+            return looked_up(self._shifts, self._whole(place, param), param.name, probe, args[0])
         if copies is None:
-            in_parts = self._looked_up if isinstance(owner, nn.Embedding) else self._linear
-            return in_parts(owner, probe, args[0])
+            return self._linear(owner, [(probe, args[0], None)])[0]
         stored = [(place, place.holder._parameters[place.attribute]) for place, _ in copies]
         try:
             for place, copy in copies:
@@ -199,62 +215,34 @@ class ModulePerturbation:
         kwargs: dict[str, Any],
     ) -> Iterator[list[Copies]]:
         """For each of one direction's probes, shifted scratch copies of the owner's drawn parameters."""
-        if _runs_in_parts(forward, args, kwargs):
+        if is_own(nn.Linear, forward, args, kwargs) or (
+            is_own(nn.Embedding, forward, args, kwargs) and looks_up_few(owner, args[0])
+        ):
             yield [None] * len(probes)
             return
         copies: list[list[tuple[Owner, Tensor]]] = [[] for _ in probes]
-        depth = self._depth
-        try:
+        with self._scratch.taken() as take_scratch:
             for place, param in self._owned[owner]:
                 if param.name not in probes[0].drawn:
                     continue
                 whole = self._whole(place, param).reshape(-1)
-                outs = [self._take_scratch(whole) for _ in probes]
-                scales = [probe.sign * self._eps for probe in probes]
-                self._noise.shift(outs, whole, param.name, self._step, probes[0].direction, 0, scales)
+                outs = [take_scratch(whole) for _ in probes]
+                self._shifts.copies(outs, whole, param.name, probes)
                 for mine, out in zip(copies, outs, strict=True):
                     mine.append((place, out.view(param.shape)))
             yield list(copies)
-        finally:
-            self._depth = depth
 
-    def _looked_up(self, owner: nn.Module, probe: Probe, ids: Tensor) -> Tensor:
-        """What a drawn nn.Embedding returns: the rows that are looked up are shifted, and no others."""
-        ((place, param),) = self._owned[owner]
-        scale, table = probe.sign * self._eps, self._whole(place, param)
-        rows = self._noise.shift_rows(table, ids.reshape(-1), param.name, self._step, probe.direction, scale)
-        return rows.view(*ids.shape, -1)
-
-    def _linear(self, owner: nn.Module, probe: Probe, x: Tensor) -> Tensor:
-        """What a large nn.Linear returns, some of its outputs at a time: the scratch copy stays small."""
-        assert isinstance(owner, nn.Linear)
-        drawn = {place.attribute: (place, param) for place, param in self._owned[owner]}
-        depth, scale = self._depth, probe.sign * self._eps
-
-        def shifted(attribute: str, start: int, stop: int) -> Tensor:
-            whole = owner._parameters[attribute]
-            assert whole is not None
-            if attribute not in drawn or drawn[attribute][1].name not in probe.drawn:
-                return whole.detach()[start:stop]
-            part = self._whole(*drawn[attribute])[start:stop]
-            out, name = self._take_scratch(part.reshape(-1)), drawn[attribute][1].name
-            offset = start * (whole.numel() // len(whole))
-            self._noise.shift([out], part.reshape(-1), name, self._step, probe.direction, offset, [scale])
-            return out.view(part.shape)
-
-        rows = max(1, _LARGE // owner.in_features)
-        y = x.new_empty(0)
-        for start in range(0, owner.out_features, rows):
-            stop = min(start + rows, owner.out_features)
-            try:
-                bias = None if owner.bias is None else shifted("bias", start, stop)
-                part = nn.functional.linear(x, shifted("weight", start, stop), bias)
-            finally:
-                self._depth = depth
-            if start == 0:
-                y = part.new_empty(*part.shape[:-1], owner.out_features)
-            y[..., start:stop] = part
-        return y
+    def _linear(self, owner: nn.Module, sides: Sequence[tuple[Probe, Tensor, Tensor | None]]) -> list[Tensor]:
+        """`parts.linear` with the owner's weights as they are here."""
+        weights: dict[str, Tensor | None] = dict(owner._parameters)
+        drawn = {}
+        for place, param in self._owned[owner]:
+            weights[place.attribute] = self._whole(place, param)
+            if param.name in sides[0][0].drawn:
+                drawn[place.attribute] = param.name
+        weight, bias = weights["weight"], weights["bias"]
+        assert weight is not None
+        return linear(self._shifts, self._scratch, weight, bias, drawn, sides)
 
     def _whole(self, place: Owner, param: Param) -> Tensor:
         weight = place.holder._parameters[place.attribute]
@@ -265,34 +253,9 @@ class ModulePerturbation:
             )
         return weight.detach()
 
-    def _take_scratch(self, like: Tensor) -> Tensor:
-        """A flat buffer like `like`; buffers stack up while owners nest and are reused after."""
-        size = like.numel() * like.element_size()
-        if self._depth == len(self._scratch):
-            self._scratch.append(torch.empty(0, dtype=torch.uint8, device=like.device))
-        buffer = self._scratch[self._depth]
-        if buffer.numel() < size or buffer.device != like.device:
-            buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
-            self._scratch[self._depth] = buffer
-        self._depth += 1
-        return buffer[:size].view(like.dtype)
-
     def _detached(self, out: Any) -> Any:
         """`out`, with any view of a scratch copy (a module may return its weight) made its own."""
-        held = {buffer.untyped_storage().data_ptr() for buffer in self._scratch}
-        return pytree.tree_map_only(
-            Tensor, lambda t: t.clone() if t.untyped_storage().data_ptr() in held else t, out
-        )
-
-
-def _runs_in_parts(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Is this torch's own embedding, asked for few of its rows, or torch's own linear layer, and large?"""
-    function, owner = getattr(forward, "__func__", None), getattr(forward, "__self__", None)
-    if len(args) != 1 or kwargs:
-        return False
-    if function is nn.Embedding.forward and isinstance(owner, nn.Embedding):
-        return owner.max_norm is None and args[0].numel() * _FEW <= owner.num_embeddings
-    return function is nn.Linear.forward and isinstance(owner, nn.Linear) and owner.weight.numel() > _LARGE
+        return pytree.tree_map_only(Tensor, lambda t: t.clone() if self._scratch.holds(t) else t, out)
 
 
 class ShardPerturbation:
@@ -302,8 +265,8 @@ class ShardPerturbation:
     that come back are those that were there. Every rank must hold the same direction at a time.
     """
 
-    def __init__(self, noise: Noise, step: int, eps: float, publish: Callable[[], None]) -> None:
-        self._noise, self._step, self._eps, self._publish = noise, step, eps, publish
+    def __init__(self, shifts: Shifts, publish: Callable[[], None]) -> None:
+        self._shifts, self._publish = shifts, publish
 
     @contextmanager
     def shifted(self, spans: Sequence[Span], probe: Probe) -> Iterator[None]:
@@ -311,15 +274,7 @@ class ShardPerturbation:
         snapshot = [span.flat.clone() for span in spans] if probe.drawn else []
         try:
             for span, clean in zip(spans, snapshot, strict=bool(snapshot)):
-                self._noise.shift(
-                    [span.flat],
-                    clean,
-                    span.name,
-                    self._step,
-                    probe.direction,
-                    span.offset,
-                    [probe.sign * self._eps],
-                )
+                self._shifts.copies([span.flat], clean, span.name, [probe], span.offset)
             self._show()
             yield
         finally:

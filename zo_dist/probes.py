@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist.engines import Engine
+from zo_dist.estimators import Estimator
 from zo_dist.params import Param
-from zo_dist.perturb import ModulePerturbation, Probe, ShardPerturbation
+from zo_dist.parts import Probe
+from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 
 Batch = Mapping[str, Any]
 # One loss per row, or the pair (sums per row, weights per row) for means over tokens.
@@ -62,16 +64,21 @@ class StepProbes:
         self,
         engine: Engine,
         drawn: Sequence[Sequence[Param]],
-        signs: tuple[float, ...],
+        estimator: Estimator,
+        eps: float,
         perturbation: ModulePerturbation | ShardPerturbation,
     ) -> None:
         self._engine, self._perturbation = engine, perturbation
-        self._drawn = drawn
+        self._drawn, self._estimator, self._eps = drawn, estimator, eps
         self._probes = [
-            [Probe(d, sign, frozenset(p.name for p in params) if sign else frozenset()) for sign in signs]
+            [
+                Probe(d, sign, frozenset(p.name for p in params) if sign else frozenset())
+                for sign in estimator.signs
+            ]
             for d, params in enumerate(drawn)
         ]
-        self._sums = torch.zeros(len(drawn), len(signs), 2, dtype=torch.float64)
+        # Of each direction and side, the losses and weights of its rows, a tensor for each forward.
+        self._seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in drawn]
 
     def by_closure(self, closure: Closure) -> Tensor:
         """Evaluate `closure` once per probe, on all its rows: directions x sides forwards."""
@@ -80,8 +87,8 @@ class StepProbes:
                 for side, probe in enumerate(sides):
                     with self._shifted(probe, rows=1):
                         sums = closure_sums(closure)
-                    self._add(probe, side, sums)
-        return self._sums
+                    self._seen[probe.direction][side].append(sums.unsqueeze(0))
+        return self._total()
 
     def by_rows(
         self, batches: Sequence[Batch], row_loss: RowLoss, first: int, total: int, num_forwards: int
@@ -109,7 +116,7 @@ class StepProbes:
                         with self._shifted(probe, rows=0):
                             for batch, share in zip(padded, shares, strict=True):
                                 self._one_probe(batch, share, probe, side, row_loss)
-        return self._sums
+        return self._total()
 
     def _stacked(self, batch: Batch, share: list[tuple[int, int]], row_loss: RowLoss) -> None:
         assert isinstance(self._perturbation, ModulePerturbation)
@@ -131,7 +138,7 @@ class StepProbes:
             sums = _per_row(row_loss(self._engine.module, _stack(batch, pieces)), pieces)
         parts = torch.split(sums, [rows for _, rows in live])
         for i, ((probe, _), part) in enumerate(zip(live, parts, strict=True)):
-            self._add(probe, i % len(self._probes[0]), part.sum(0))
+            self._seen[probe.direction][i % 2].append(part)
 
     def _one_probe(
         self,
@@ -146,7 +153,7 @@ class StepProbes:
             if direction == probe.direction:
                 piece = [(start, start + rows)]
                 sums = _per_row(row_loss(self._engine.module, _stack(batch, piece)), piece)
-                self._add(probe, side, sums.sum(0))
+                self._seen[direction][side].append(sums)
                 return
             start += rows
         row_loss(self._engine.module, first_row(batch, 1))
@@ -162,8 +169,14 @@ class StepProbes:
         drawn = self._drawn[probe.direction] if probe.drawn else []
         return self._perturbation.shifted(self._engine.spans(drawn), probe)
 
-    def _add(self, probe: Probe, side: int, sums: Tensor) -> None:
-        self._sums[probe.direction, side] += sums.to(self._sums)
+    def _total(self) -> Tensor:
+        """float64 `[directions, 2, 2]`: by direction and side, the sum of losses and that of weights."""
+        total = torch.zeros(len(self._seen), 2, 2, dtype=torch.float64)
+        for direction, sides in enumerate(self._seen):
+            for pair in zip(*sides, strict=True):
+                for side, rows in enumerate(self._estimator.clipped(*pair, self._eps)):
+                    total[direction, side] += rows.sum(0)
+        return total
 
 
 def closure_sums(closure: Closure) -> Tensor:
@@ -184,7 +197,7 @@ def _scalar(value: Tensor | float) -> Tensor:
 
 
 def _per_row(out: Tensor | tuple[Tensor, Tensor], pieces: list[tuple[int, int]]) -> Tensor:
-    """float64 `[rows, 2]`: loss and weight of each row."""
+    """float64 `[rows, 2]` on the CPU: loss and weight of each row."""
     losses, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
     rows = sum(b - a for a, b in pieces)
     if losses.shape != (rows,) or weights.shape != (rows,):
@@ -192,7 +205,7 @@ def _per_row(out: Tensor | tuple[Tensor, Tensor], pieces: list[tuple[int, int]])
             f"the loss function returned shapes {tuple(losses.shape)} and {tuple(weights.shape)} for "
             f"{rows} rows; return one loss per row, or the pair (sums, weights) per row"
         )
-    return torch.stack([losses.detach().double(), weights.detach().double()], dim=1)
+    return torch.stack([losses.detach().double(), weights.detach().double()], dim=1).cpu()
 
 
 def _stack(batch: Batch, pieces: list[tuple[int, int]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def identity(optimizer: ZeroOrder) -> dict[str, Any]:
     For JSON. A collective: every rank must call it. Cost: one pass over the weights.
     """
     engine, sampler, rule = optimizer.engine, optimizer.sampler, optimizer.rule
+    coefficients, scale = optimizer.coefficients, optimizer.scale
     parameters = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in optimizer.params]
     return {
         "parameters": hashlib.sha256(repr(parameters).encode()).hexdigest(),
@@ -31,6 +32,8 @@ def identity(optimizer: ZeroOrder) -> dict[str, Any]:
         "rounding": optimizer.rounding.mode,
         "sampler": [type(sampler).__name__, options_of(sampler)],
         "rule": [type(rule).__name__, options_of(rule)],
+        "coefficients": [type(coefficients).__name__, options_of(coefficients)],
+        "scale": [type(scale).__name__, options_of(scale)],
         "weights": weights_digest(optimizer, optimizer.params),
         "frozen": weights_digest(optimizer, frozen_params(engine.module, engine.shape_of)),
     }

@@ -40,8 +40,9 @@ Append = Callable[[StepRecord], None]
 # Settings that a run may go on with others of: they change no step, or only those to come.
 _MAY_CHANGE = (
     *("engine.", "model.source", "model.trust_remote_code", "optimizer.compile", "optimizer.self_check"),
-    *("optimizer.max_skipped", "optimizer.perturb", "train.steps", "train.max_seconds", "train.output"),
-    *("train.existing", "train.micro_rows", "train.eval_", "train.save_", "train.log_every"),
+    *("optimizer.max_skipped", "optimizer.perturb", "optimizer.scale.path", "train.steps"),
+    *("train.max_seconds", "train.output", "train.existing", "train.micro_rows"),
+    *("train.eval_", "train.save_", "train.log_every"),
     *("train.tensorboard", "train.sync_every", "train.snapshot_every", "train.keep_snapshots"),
     "train.verify_every",
 )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from zo_dist.engines import Engine
 from zo_dist.noise import Noise
 from zo_dist.params import Arm, Owner, Param, Span
-from zo_dist.perturb import ModulePerturbation, Probe, ShardPerturbation
+from zo_dist.parts import Probe, Shifts
+from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 
 # Far above any eps, so that a loss that does not move shows a missing wire, not a small slope; and
 # several, because a 16-bit model's loss has few values and may be the same one by chance.
@@ -80,7 +81,7 @@ def _dead_arms(engine: Engine, arms: Sequence[Arm], noise: Noise, evaluate: Eval
         losses = []
         for shift in (0.0, *_TRIAL_SHIFTS):
             params = [p for arm in some for p in arm.params]
-            perturbation = ModulePerturbation(params, noise, _TRIAL_STEP, shift)
+            perturbation = ModulePerturbation(params, Shifts(noise, _TRIAL_STEP, shift))
             with perturbation.installed(), perturbation.probes(live):
                 losses.append(evaluate(len(some)))
         dead += _all_equal(losses)
@@ -95,11 +96,11 @@ def _dead_together(
     probe = Probe(0, 1.0, frozenset(p.name for p in params))
     for shift in (0.0, *_TRIAL_SHIFTS):
         if perturb == "module":
-            copies = ModulePerturbation(params, noise, _TRIAL_STEP, shift)
+            copies = ModulePerturbation(params, Shifts(noise, _TRIAL_STEP, shift))
             with copies.installed(), copies.probes([(probe, 1)]):
                 losses.append(evaluate(1))
         else:
-            shards = ShardPerturbation(noise, _TRIAL_STEP, shift, engine.publish)
+            shards = ShardPerturbation(Shifts(noise, _TRIAL_STEP, shift), engine.publish)
             with shards.shifted(engine.spans(params), probe):
                 losses.append(evaluate(1))
     return _all_equal(losses)

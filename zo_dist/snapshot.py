@@ -44,7 +44,7 @@ class PendingSnapshot:
     """What `save_snapshot` does, in two parts: between them a thread writes while the weights may change.
 
     Every rank must make it, and later call `finish`; one at a time. Until its file is `written`, a rank
-    holds a copy in CPU memory of what it writes: its trained weights, and as much as rounding lost of them.
+    holds a copy in CPU memory of what it writes: its trained weights, and what is kept beside them.
     """
 
     def __init__(self, optimizer: ZeroOrder, folder: str | Path, keep: int | None = None) -> None:
@@ -64,8 +64,7 @@ class PendingSnapshot:
             "step": optimizer.step_count,
             "weights": digest,
             "record": record and google_crc32c.value(record),
-            "sampler": optimizer.sampler.state_dict(),
-            "skipped": [optimizer.skipped, optimizer.skipped_in_a_row],
+            "scalars": optimizer.scalars,
         }
         self._file: tuple[int, int] = (0, 0)
         self._error: OSError | None = None
@@ -75,8 +74,9 @@ class PendingSnapshot:
                 first = min(rank for rank, offset, _ in holders[span.name] if offset == span.offset)
                 if first == engine.rank:
                     tensors[_key("weight", span)] = _on_cpu(span.flat)
-                    if span.name in optimizer.rounding.lost:
-                        tensors[_key("lost", span)] = _on_cpu(optimizer.rounding.lost[span.name])
+                    for kind, of in optimizer.beside.items():
+                        if span.name in of:
+                            tensors[_key(kind, span)] = _on_cpu(of[span.name])
             self._thread = threading.Thread(target=self._write, args=(tensors,), name="snapshot")
             self._thread.start()
 
@@ -118,7 +118,7 @@ class PendingSnapshot:
 
 
 def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
-    """Bring weights, sampler, counters and the rounding's state to those of the snapshot at `path`.
+    """Bring weights and all state to those of the snapshot at `path`.
 
     Every rank must call it and see the folder; each reads the pieces that it holds. Raises ValueError on
     every rank (SnapshotError on the one that finds it), before any weight is written, if a byte of the
@@ -134,15 +134,17 @@ def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
     with engine.jointly():
         index = _index(path, manifest)
         spans = engine.spans(optimizer.params)
-        lost = [Span(name, tensor, _offset(spans, name)) for name, tensor in optimizer.rounding.lost.items()]
+        beside = [
+            (kind, Span(name, tensor, _offset(spans, name)))
+            for kind, of in optimizer.beside.items()
+            for name, tensor in of.items()
+        ]
         read = [(span, _read_piece(path, index, "weight", span)) for span in spans]
-        read += [(span, _read_piece(path, index, "lost", span)) for span in lost]
+        read += [(span, _read_piece(path, index, kind, span)) for kind, span in beside]
     for span, piece in read:
         span.flat.copy_(piece)
     engine.publish()
-    optimizer.sampler.load_state_dict(manifest["sampler"])
-    optimizer.step_count = manifest["step"]
-    optimizer.skipped, optimizer.skipped_in_a_row = manifest["skipped"]
+    optimizer.scalars = manifest["scalars"]
     if weights_digest(optimizer, optimizer.params) != manifest["weights"]:
         raise SnapshotError(f"the weights read from {path} are not those that were saved; {_remedy(path)}")
 

@@ -17,18 +17,22 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zo_dist.checkpoint import save_model
-from zo_dist.config import Config
+from zo_dist.config import Config, EngineConfig
 from zo_dist.data import RunData, load_data
 from zo_dist.engines import Engine, on_each_node_first, select
 from zo_dist.evaluate import Score
 from zo_dist.files import naming
-from zo_dist.loop import Loop, score
+from zo_dist.learn_scale import Learning, learn_scale
+from zo_dist.loop import ROW_LOSSES, Loop, build_batches, score
 from zo_dist.models import load_model, load_tokenizer, longest_input
 from zo_dist.optimizer import ZeroOrder
+from zo_dist.params import trainable_params
 from zo_dist.replay import replay
 from zo_dist.report import plot_run
 from zo_dist.resume import StopRequests, begin, find_earlier, go_on, last_snapshot, sole_use
 from zo_dist.runlog import RunLog
+from zo_dist.scale import save_nets
+from zo_dist.tasks import get_task
 from zo_dist.trajectory import TrajectoryReader
 
 T = TypeVar("T")
@@ -75,7 +79,9 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         eps=settings.eps,
         sampler=settings.sampler.build(),
         estimator=settings.build_estimator(),
-        rule=settings.build_rule(),
+        coefficients=settings.coefficients.build(),
+        rule=settings.rule.build(settings.weight_decay),
+        scale=settings.scale.build(),
         directions=settings.directions,
         perturb=settings.perturb,
         noise=settings.noise,
@@ -202,3 +208,30 @@ def run_replay(
     else:
         result["snapshot"] = str(snapshot)
     return result | {"engine": optimizer.engine.name, "ranks": optimizer.engine.num_ranks}
+
+
+def run_learning(config: Config, learning: Learning, out: Path, ranks: Engine) -> dict[str, Any]:
+    """Learn a scale on the config's model and training rows, in float32, and write it to `out`."""
+    if ranks.num_ranks > 1:
+        raise ValueError(f"a scale is learnt by one process that holds the model, not by {ranks.num_ranks}")
+    model = dataclasses.replace(config.model, dtype="float32")
+    whole = dataclasses.replace(config.train, micro_rows=None)
+    config = dataclasses.replace(config, model=model, engine=EngineConfig(), train=whole)
+    prepared = prepare(config, ranks)
+    engine = select(prepared.model)
+    params = trainable_params(engine.module, engine.shape_of)
+    batches = build_batches(config, prepared.data, engine)
+    start = time.perf_counter()
+    nets = learn_scale(
+        engine,
+        params,
+        lambda step: batches[step][0],
+        len(prepared.data.train) // config.train.rows,
+        ROW_LOSSES[get_task(config.data.task).loss],
+        learning,
+        config.optimizer.eps,
+        config.optimizer.seed,
+    )
+    told = {"model": config.model.source, "data": config.data.source, **dataclasses.asdict(learning)}
+    save_nets(out, nets, params, learning.tokens, told)
+    return {"scale": str(out), "blocks": len(params), "seconds": round(time.perf_counter() - start, 2)}

@@ -29,7 +29,7 @@ from zo_dist.samplers import Draw
 
 MAGIC, VERSION = b"zo_dist\n", 2
 
-_U32, _STEP = struct.Struct("<I"), struct.Struct("<QdH")
+_U32, _STEP, _LOSSES = struct.Struct("<I"), struct.Struct("<QdH"), struct.Struct("<dd")
 # A length is believed only with its checksum: one that points past the end of the file would else
 # pass for a record that was cut short.
 _PREFIX = struct.Struct("<II")
@@ -46,7 +46,8 @@ class StepRecord:
     """What one step wrote: `weight += rule(sum over directions of scale * z)`.
 
     For each direction: `slopes` (loss per parameter unit), `arms` that it drew, and for each of these
-    `scales`, what its noise is multiplied by, in float32. All are empty if the step was skipped.
+    `scales`, what its noise is multiplied by, in float32. `losses`: the mean loss of either side. All
+    are empty if the step was skipped.
     """
 
     step: int
@@ -54,16 +55,23 @@ class StepRecord:
     slopes: tuple[float, ...] = ()
     arms: tuple[tuple[int, ...], ...] = ()
     scales: tuple[tuple[float, ...], ...] = ()
+    losses: tuple[float, ...] = ()
 
     @staticmethod
     def of(
-        step: int, lr: float, draws: Sequence[Draw], slopes: Sequence[float], coefs: Sequence[float]
+        step: int,
+        lr: float,
+        draws: Sequence[Draw],
+        slopes: Sequence[float],
+        coefs: Sequence[float],
+        losses: Sequence[float],
     ) -> StepRecord:
         """The record of a step; `coefs` are the slopes times each direction's share of the rows."""
         pairs = zip(draws, coefs, strict=True)
         scales = (torch.tensor([coef * w for w in draw.weights], dtype=torch.float32) for draw, coef in pairs)
         arms = tuple(draw.arms for draw in draws)
-        return StepRecord(step, lr, tuple(slopes), arms, tuple(tuple(s.tolist()) for s in scales))
+        exact = tuple(tuple(s.tolist()) for s in scales)
+        return StepRecord(step, lr, tuple(slopes), arms, exact, tuple(losses))
 
     @property
     def finite(self) -> bool:
@@ -82,6 +90,7 @@ class StepRecord:
     def pack(self, num_arms: int) -> bytes:
         """The record as bytes; `num_arms` is that of the run."""
         parts = [_STEP.pack(self.step, self.lr, len(self.slopes))]
+        parts += [_LOSSES.pack(*self.losses)] if self.slopes else []
         for slope, arms, scales in zip(self.slopes, self.arms, self.scales, strict=True):
             mask = sum(1 << arm for arm in arms).to_bytes(-(-num_arms // 8), "little")
             packed = [struct.pack("<f", scale) for scale in scales]
@@ -99,6 +108,8 @@ class StepRecord:
         step, lr, count = _STEP.unpack_from(data)
         at, width = _STEP.size, -(-num_arms // 8)
         slopes, drawn, scaled = [], [], []
+        losses = _LOSSES.unpack_from(data, at) if count else ()
+        at += _LOSSES.size if count else 0
         for _ in range(count):
             slope, num_distinct = struct.unpack_from("<dB", data, at)
             mask = int.from_bytes(data[at + 9 : at + 9 + width], "little")
@@ -117,7 +128,7 @@ class StepRecord:
             scaled.append(stored)
         if at != len(data):
             raise ValueError(f"{len(data) - at} bytes too many")
-        return StepRecord(step, lr, tuple(slopes), tuple(drawn), tuple(scaled))
+        return StepRecord(step, lr, tuple(slopes), tuple(drawn), tuple(scaled), losses)
 
 
 class TrajectoryReader:

@@ -14,8 +14,6 @@ from models import build, cut, loss_of, rows_for
 from reference import Reference, weight_tolerance
 from workers import HAVE_DEEPSPEED, Pool, digest, needs_deepspeed, whole_weights, wrap
 
-import zo_dist
-
 STEPS = 20
 LR, EPS, DECAY = 2.0**-7, 2.0**-6, 0.01
 ROWS = 11
@@ -54,9 +52,10 @@ ARMS = {
     ),
 }
 
-# One row per run: (dtype, rounding), directions, sampler, mode, law, estimator. Of all combinations
-# of these and of (engine, ranks), each pair of values of different columns is in one of the runs.
-Combo = tuple[tuple[str, str], int, str, str, str, str]
+# One row per run: (dtype, rounding), directions, sampler, mode, law, estimator, coefficients, rule. Of
+# all combinations of these and of (engine, ranks), each pair of values of different columns is in one
+# of the runs.
+Combo = tuple[tuple[str, str], int, str, str, str, str, str, str]
 PLACES = tuple((engine, ranks) for engine in table.MAIN_ENGINES for ranks in table.RANKS)
 RUNS = table.all_pairs(
     PLACES,
@@ -66,13 +65,15 @@ RUNS = table.all_pairs(
     table.MODES,
     table.LAWS,
     tuple(table.ESTIMATORS),
+    tuple(table.COEFFICIENTS),
+    tuple(table.RULES),
 )
 # For engines that share their code with a main one: each direction count, mode and dtype once.
 FEW: list[Combo] = [
-    (("float32", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided"),
-    (("bfloat16", "kahan"), 8, "uniform", "module", "gaussian", "one_sided"),
-    (("float16", "stochastic"), 2, "dense", "shard", "rademacher", "two_sided"),
-    (("bfloat16", "stochastic"), 1, "adalezo", "shard", "gaussian", "two_sided"),
+    (("float32", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd"),
+    (("bfloat16", "kahan"), 8, "uniform", "module", "gaussian", "one_sided", "fzoo", "adam"),
+    (("float16", "stochastic"), 2, "dense", "shard", "rademacher", "two_sided", "raw", "momentum"),
+    (("bfloat16", "stochastic"), 1, "adalezo", "shard", "gaussian", "two_sided", "rms", "sgd"),
 ]
 
 
@@ -83,7 +84,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
     """
     import torch.distributed as dist
 
-    (dtype, rounding), directions, sampler, mode, law, estimator = combo
+    (dtype, rounding), directions, sampler, mode, law, estimator, coefficients, rule = combo
     share = SHARES[dist.get_world_size()]
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
     mine = [cut(batch, a, b) for a, b in share[dist.get_rank()]]
@@ -93,6 +94,8 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         eps=EPS,
         sampler=sampler,
         estimator=estimator,
+        coefficients=coefficients,
+        rule=rule,
         directions=directions,
         perturb=mode,
         noise=law,
@@ -107,7 +110,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
 
 def runs_on_rank(engine: str, kind: str, combos: list[Combo]) -> list[str]:
     """Digests of this rank's whole weights after each run on given losses."""
-    options = {"rule": zo_dist.SGD(weight_decay=DECAY), "self_check": False}
+    options = {"weight_decay": DECAY, "self_check": False}
     with remembered_noise():
         return [digest(final_weights(engine, kind, combo, given=True, **options)) for combo in combos]
 
@@ -116,7 +119,7 @@ def weights_of_reference(
     kind: str, combo: Combo, given: bool, weight_decay: float = 0.0
 ) -> tuple[dict[str, Any], list[float]]:
     """What `final_weights` should be, and the loss of each step."""
-    (dtype, rounding), directions, sampler, _, law, estimator = combo
+    (dtype, rounding), directions, sampler, _, law, estimator, shape, rule = combo
     method, options = table.REFERENCE[sampler]
     reference = Reference(
         build(kind, table.dtype_of(dtype)),
@@ -129,6 +132,8 @@ def weights_of_reference(
         rounding=rounding,
         weight_decay=weight_decay,
         two_sided=estimator == "two_sided",
+        rule=rule,
+        shape=shape,
         options=options,
     )
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
@@ -185,17 +190,21 @@ def test_given_losses_leave_the_same_bits_on_a_language_model(
 
 def test_the_bits_do_depend_on_what_they_should() -> None:
     """A digest of nothing, or losses that do not reach the weights, would make all above pass."""
-    base: Combo = (("bfloat16", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided")
+    base: Combo = (
+        ("bfloat16", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd"
+    )  # fmt: skip
     others: list[Combo] = [
         (("bfloat16", "kahan"), *base[1:]),
         (("bfloat16", "nearest"), *base[1:]),
         (base[0], 2, *base[2:]),
         (*base[:2], "dense", *base[3:]),
-        (*base[:4], "gaussian", "two_sided"),
-        (*base[:5], "one_sided"),
+        (*base[:4], "gaussian", *base[5:]),
+        (*base[:5], "one_sided", *base[6:]),
+        *((*base[:6], shape, "sgd") for shape in table.COEFFICIENTS if shape != "raw"),
+        *((*base[:7], rule) for rule in table.RULES if rule != "sgd"),
     ]
     start = digest(dict(build("sequential", torch.bfloat16).named_parameters()))
-    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 8
+    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 18
 
 
 # End to end: the losses are the model's own.
@@ -233,7 +242,9 @@ def test_own_losses_give_the_trajectory_of_the_reference(
     pool: Callable[[int], Pool], engine: str, num_ranks: int, sampler: str, directions: int, mode: str
 ) -> None:
     _skip_without_deepspeed(engine)
-    combo: Combo = (("float32", "stochastic"), directions, sampler, mode, "rademacher", "two_sided")
+    combo: Combo = (
+        ("float32", "stochastic"), directions, sampler, mode, "rademacher", "two_sided", "raw", "sgd"
+    )  # fmt: skip
     results = pool(num_ranks).run(trajectory_on_rank, engine, "llama", combo)
     assert len({r["digest"] for r in results}) == 1
     expected, moved, loss = trajectory_of_reference("llama", combo)

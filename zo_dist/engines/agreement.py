@@ -15,6 +15,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Elements at a time: they are widened to 64 bits.
 _CHUNK = 1 << 22
+# 2**20 squares of at most 2**10, in units of 2**-32, stay below 2**63.
+_MOMENT_CHUNK = 1 << 20
 
 
 class DesyncError(RuntimeError):
@@ -40,6 +42,26 @@ def fingerprint(weight: Tensor, offset: int = 0) -> int:
         first = 2 * (offset + start) + 1
         total += (piece * torch.arange(first, first + 2 * len(piece), 2, device=weight.device)).sum()
     return int(total) & (1 << 64) - 1
+
+
+def moment_sums(weight: Tensor) -> tuple[int, int]:
+    """The sum of the elements in units of 2**-24, and that of their squares in units of 2**-32.
+
+    Whole numbers, whose sum does not depend on the order: each element and square is rounded by itself.
+    Elements beyond 32 count as 32.
+    """
+    flat, first, second = weight.detach().reshape(-1), 0, 0
+    in_native = flat.device.type == "cpu" and native.library() is not None
+    for start in range(0, len(flat), _MOMENT_CHUNK):
+        piece = flat[start : start + _MOMENT_CHUNK]
+        if in_native:
+            one, square = native.moment_sums(piece)
+        else:
+            exact = piece.to(torch.float64).clamp(-32.0, 32.0)
+            parts = exact * 2.0**24, exact * exact * 2.0**32
+            one, square = (int(part.round().to(torch.int64).sum()) for part in parts)
+        first, second = first + one, second + square
+    return first, second
 
 
 def require_alike(of_rank: Mapping[int, object], what: str) -> None:

@@ -1,0 +1,172 @@
+"""torch's own Embedding and Linear at shifted weights, with no shifted copy of a whole large weight.
+
+Also what all owners use: the scratch that shifted copies live in, and the shifts of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_dist.noise import Noise
+
+# An embedding of at least so many rows for each token is shifted where it is looked up.
+_FEW = 8
+
+# Elements of a linear layer that are shifted at a time. A GPU needs more work in one product.
+_PART, _GPU_PART = 1 << 22, 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One evaluation of the loss: weights shifted by `sign * eps * z` of one direction.
+
+    `drawn`: names of the parameters that the direction perturbs; empty for the unshifted probe.
+    """
+
+    direction: int
+    sign: float
+    drawn: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Shifts:
+    """Weights at the probes of one step.
+
+    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`.
+    """
+
+    noise: Noise
+    step: int
+    eps: float
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def copies(
+        self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
+    ) -> None:
+        """For each of one direction's probes, `flat` shifted; it begins at element `offset` of `name`."""
+        scales = [self.size(name, probe) for probe in probes]
+        self.noise.shift(outs, flat, name, self.step, probes[0].direction, offset, scales)
+
+    def size(self, name: str, probe: Probe) -> float:
+        """What the noise of a parameter is multiplied by."""
+        return probe.sign * self.eps * self.factors.get(name, 1.0)
+
+
+class Scratch:
+    """Buffers for shifted copies: they stack up while owners nest, and are used again after."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._depth = 0
+
+    @contextmanager
+    def taken(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Inside, what gives a flat buffer like a tensor; on leaving, all that it gave are free again."""
+        depth = self._depth
+        try:
+            yield self._take
+        finally:
+            self._depth = depth
+
+    def _take(self, like: Tensor) -> Tensor:
+        size = like.numel() * like.element_size()
+        if self._depth == len(self._buffers):
+            self._buffers.append(torch.empty(0, dtype=torch.uint8, device=like.device))
+        buffer = self._buffers[self._depth]
+        if buffer.numel() < size or buffer.device != like.device:
+            buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
+            self._buffers[self._depth] = buffer
+        self._depth += 1
+        return buffer[:size].view(like.dtype)
+
+    def holds(self, tensor: Tensor) -> bool:
+        held = {buffer.untyped_storage().data_ptr() for buffer in self._buffers}
+        return tensor.untyped_storage().data_ptr() in held
+
+
+def is_own(kind: type[nn.Module], forward: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> bool:
+    """Is this call torch's own forward of `kind`, with its one argument?"""
+    return getattr(forward, "__func__", None) is kind.forward and len(args) == 1 and not kwargs
+
+
+def looks_up_few(owner: nn.Module, ids: Tensor) -> bool:
+    """Does this embedding have many more rows than are asked of it, and leave them as they are?"""
+    assert isinstance(owner, nn.Embedding)
+    return owner.max_norm is None and ids.numel() * _FEW <= owner.num_embeddings
+
+
+def looked_up(shifts: Shifts, table: Tensor, name: str, probe: Probe, ids: Tensor) -> Tensor:
+    """What an nn.Embedding returns: the rows that are looked up are shifted, and no others."""
+    size = shifts.size(name, probe)
+    rows = shifts.noise.shift_rows(table, ids.reshape(-1), name, shifts.step, probe.direction, size)
+    return rows.view(*ids.shape, -1)
+
+
+def writes_in_place(owner: nn.Module, x: Tensor) -> bool:
+    """May the products of this linear layer be written to memory of the caller, in x's dtype?"""
+    assert isinstance(owner, nn.Linear)
+    return x.dtype == owner.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def linear(
+    shifts: Shifts,
+    scratch: Scratch,
+    weight: Tensor,
+    bias: Tensor | None,
+    drawn: Mapping[str, str],
+    sides: Sequence[tuple[Probe, Tensor, Tensor | None]],
+) -> list[Tensor]:
+    """What an nn.Linear returns for one or both sides of a direction, some of its outputs at a time.
+
+    `drawn`: the names of what is shifted, by `weight` and `bias`. `sides`: a probe, its input, and where
+    the output goes, if the caller has a place for it. The scratch copies stay small: of `_PART` elements.
+    """
+    probes = [probe for probe, _, _ in sides]
+    most = _PART if weight.device.type == "cpu" else _GPU_PART
+    num_out, rows = len(weight), max(1, most // weight.shape[1])
+    outs = [out for _, _, out in sides]
+
+    def shifted(which: str, whole: Tensor, take: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        part = whole[start:stop]
+        if which not in drawn:
+            return [part] * len(sides)
+        copies = [take(part) for _ in sides]
+        offset = start * (whole.numel() // num_out)
+        shifts.copies(copies, part.reshape(-1), drawn[which], probes, offset)
+        return [copy.view(part.shape) for copy in copies]
+
+    for start in range(0, num_out, rows):
+        stop = min(start + rows, num_out)
+        with scratch.taken() as take:
+            weights = shifted("weight", weight, take)
+            biases = [None] * len(sides) if bias is None else shifted("bias", bias, take)
+            for i, (_, x, _) in enumerate(sides):
+                outs[i] = _product(x, weights[i], biases[i], outs[i], start, num_out)
+    return [out for out in outs if out is not None]
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, start: int, num_out: int
+) -> Tensor:
+    """`x @ weight.T + bias`, being the outputs from `start` on, put in their place in `out`."""
+    if out is not None and len(weight) == num_out:
+        # The product lands where it belongs: no copy of it is made.
+        flat, into = x.reshape(-1, x.shape[-1]), out.view(-1, num_out)
+        if bias is None:
+            torch.mm(flat, weight.t(), out=into)
+        else:
+            torch.addmm(bias, flat, weight.t(), out=into)
+        return out
+    part = nn.functional.linear(x, weight, bias)
+    if out is None:
+        if len(weight) == num_out:
+            return part
+        out = part.new_empty(*part.shape[:-1], num_out)
+    out[..., start : start + len(weight)] = part
+    return out

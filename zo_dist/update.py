@@ -1,0 +1,94 @@
+"""The write: one read and one write of each weight, for all directions, with one rounding.
+
+A chunk at a time, the noise of every direction is added up in float32 while the chunk is in cache, the
+rule makes a move of the sum, and the new weights are rounded. SGD has this fused into one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from zo_dist import native
+from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise
+from zo_dist.params import Param, Span
+from zo_dist.rounding import Rounding, Rounding16
+from zo_dist.rules import SGD, Rule
+
+# Elements per pass and core: their float32 sums stay in its cache over all directions. A GPU takes
+# more at once, because a call takes it less time than it takes the processor to ask for it.
+_CHUNK, _GPU_CHUNK = 1 << 20, 1 << 24
+
+
+def update_span(
+    span: Span,
+    param: Param,
+    terms: Sequence[tuple[int, float]],
+    rule: Rule,
+    rounding: Rounding16,
+    noise: Noise,
+    step: int,
+    lr: float,
+    writes: int,
+) -> None:
+    """Apply all directions to one span: one read and one write of each weight.
+
+    `terms` are `(direction, coefficient)`, the coefficients already weighted and averaged; they are
+    added up in float32 in the order given, so the result does not depend on how weights are cut.
+    `writes`: as of `Rule.move`.
+    """
+    remaining = rule.remaining(lr, param.shape)
+    if type(rule) is SGD and noise.in_native(span.flat):
+        address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
+        lost = rounding.lost_of(span.name, 0, span.flat.numel())
+        drawn = bits if rounding.mode == "stochastic" else None
+        native.update(span.flat, lost, noise.law, address, span.offset, terms, drawn, remaining, lr)
+        return
+    scalars = torch.tensor((remaining, lr), dtype=torch.float64, device=span.flat.device)
+    chunk = _CHUNK * torch.get_num_threads() if span.flat.device.type == "cpu" else _GPU_CHUNK
+    for start in range(0, span.flat.numel(), chunk):
+        flat = span.flat[start : start + chunk]
+        offset = span.offset + start
+        exact = rounding.scratch(flat)
+        lost = rounding.lost_of(span.name, start, flat.numel())
+        inputs = (flat,) if lost is None else (flat, lost)
+        if type(rule) is SGD:
+            noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, (scalars,))
+        else:
+            noise.accumulate(exact.zero_(), span.name, step, terms, offset)
+            kept = [rule.kept[key][span.name][start : start + chunk] for key in rule.keeps]
+            exact.copy_(_new_weights(rule.move(exact, kept, writes), scalars, *inputs))
+        rounding.write(flat, exact, lost, span.name, step, offset)
+
+
+def _new_weights(move: Tensor, scalars: Tensor, flat: Tensor, lost: Tensor | None = None) -> Tensor:
+    """Weights and what they lost before, after the move, in float32: not yet rounded."""
+    weight = flat.to(torch.float32)
+    if lost is not None:
+        weight = weight + lost.to(torch.float32)
+    # Two operations on purpose: one fused multiply-add would round differently by device.
+    return weight * scalars[0] - move * scalars[1]
+
+
+def use_each_kernel(weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int) -> None:
+    """Shift and update flat scratch `weights` in each way that a run will, so that all is compiled."""
+    outs = [torch.empty_like(weights), torch.empty_like(weights)]
+    noise.shift(outs, weights, "", 0, 0, 0, [0.0, 0.0])
+    noise.shift(outs[:1], weights, "", 0, 0, 0, [0.0])
+    span, matrix = Span("", weights, 0), nn.Parameter(weights.view(-1, 1), requires_grad=False)
+    rounding = Rounding16(mode, noise)
+    rounding.begin([span])
+    # An arm may be drawn by any number of directions: one, a group or less, or more.
+    for count in (1, 2, GROUP + 1):
+        if count <= directions:
+            terms = [(0, 0.0)] * count
+            param = Param("", matrix, matrix.shape, ())
+            # What other rules keep is not for scratch, and their moves are not compiled.
+            if type(rule) is SGD:
+                update_span(span, param, terms, rule, rounding, noise, step=0, lr=0.0, writes=1)
+                continue
+            exact = rounding.scratch(weights)
+            noise.accumulate(exact.zero_(), "", 0, terms, 0)
+            rounding.write(weights, exact, None, "", 0, 0)
