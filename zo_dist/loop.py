@@ -137,8 +137,10 @@ class Loop:
         return bool(every) and (last or step % every == 0)
 
     def _agree(self, step: int) -> tuple[bool, int, bool]:
-        """The same on every rank: does training end with this step, what signal was any rank sent, and has
-        every rank written its file of the snapshot?"""
+        """Does training end with this step, which signal was sent, and is the snapshot's every file written?
+
+        The same on every rank.
+        """
         written = self._snapshot is not None and self._snapshot.written
         mine = [self._seconds(), float(self._stop.seen), float(written)]
         everyone = self._optimizer.engine.exchange(mine)

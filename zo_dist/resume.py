@@ -220,11 +220,14 @@ def _write_config(config: Config) -> None:
 def _appending(engine: Engine, open_log: Callable[[], TrajectoryWriter]) -> Iterator[Append]:
     """What appends a step to the log, on rank 0; on the others it does nothing."""
     with ExitStack() as stack:
-        append: Append = lambda record: None  # noqa: E731
+        writer: TrajectoryWriter | None = None
         with engine.jointly():
             if engine.rank == 0:
-                append = stack.enter_context(open_log()).append
-        yield append
+                writer = stack.enter_context(open_log())
+        yield writer.append if writer else lambda record: None
+        with engine.jointly():
+            if writer:
+                writer.close()
 
 
 def check_run(output: Path) -> dict[str, Any]:

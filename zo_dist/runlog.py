@@ -78,14 +78,8 @@ class RunLog:
 
     def write_score(self, split: str, score: Score, rows: int, step: int, seconds: float) -> None:
         """Append an `eval`: the score of the first `rows` rows of a split."""
-        self.write(
-            *("eval", step),
-            split=split,
-            rows=rows,
-            seconds=seconds,
-            accuracy=score.accuracy,
-            loss=score.loss,
-        )
+        values = {"accuracy": score.accuracy, "loss": score.loss}
+        self.write("eval", step, split=split, rows=rows, seconds=seconds, **values)
 
     def advance(self, **shown: str) -> None:
         """Move the progress bar by one step and show these beside it."""

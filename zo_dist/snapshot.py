@@ -66,18 +66,19 @@ class PendingSnapshot:
             "record": record and google_crc32c.value(record),
             "scalars": optimizer.scalars,
         }
-        tensors = {}
-        for span in engine.spans(optimizer.params):
-            first = min(rank for rank, offset, _ in holders[span.name] if offset == span.offset)
-            if first == engine.rank:
-                tensors[_key("weight", span)] = _on_cpu(span.flat)
-                for kind, of in optimizer.beside.items():
-                    if span.name in of:
-                        tensors[_key(kind, span)] = _on_cpu(of[span.name])
         self._file: tuple[int, int] = (0, 0)
         self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._write, args=(tensors,), name="snapshot")
-        self._thread.start()
+        with engine.jointly():
+            tensors = {}
+            for span in engine.spans(optimizer.params):
+                first = min(rank for rank, offset, _ in holders[span.name] if offset == span.offset)
+                if first == engine.rank:
+                    tensors[_key("weight", span)] = _on_cpu(span.flat)
+                    for kind, of in optimizer.beside.items():
+                        if span.name in of:
+                            tensors[_key(kind, span)] = _on_cpu(of[span.name])
+            self._thread = threading.Thread(target=self._write, args=(tensors,), name="snapshot")
+            self._thread.start()
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         path = self._partial / _file_of(self._engine.rank)

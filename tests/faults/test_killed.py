@@ -7,6 +7,8 @@ kills -9 that many times; without the variable it is a few, as in CI.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +29,7 @@ from injected import files_no_longer_than
 from tiny_run import environment, tiny_config, write_config
 from workers import Pool, needs_deepspeed
 
+from zo_dist import resume
 from zo_dist import train as train_module
 from zo_dist.cli import main
 from zo_dist.config import load_config
@@ -232,6 +236,21 @@ def test_a_second_signal_is_not_kept_back(tmp_path: Path, monkeypatch: pytest.Mo
         main(["train", str(write_config(tmp_path))])
 
 
+def train_where_rank_1_is_told_to_stop(path: Path) -> None:
+    score = train_module.score
+    if torch.distributed.get_rank() == 1:
+        train_module.score = sends(signal.SIGTERM, 1, score)
+    try:
+        train(path, [])
+    finally:
+        train_module.score = score
+
+
+def test_a_signal_to_one_rank_ends_all(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    for error in pool(2).errors(train_where_rank_1_is_told_to_stop, write_config(tmp_path)):
+        assert "Interrupted: stopped by SIGTERM after step 0" in error
+
+
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """The processes that a launcher started."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
@@ -292,6 +311,19 @@ def test_a_folder_is_used_by_one_run_at_a_time(
         process.kill()
         process.communicate()
     assert main(["train", str(path), "train.steps=1"]) == 0
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    # Others lock files too.
+    names = {"flock": flock, "LOCK_EX": fcntl.LOCK_EX, "LOCK_NB": fcntl.LOCK_NB}
+    monkeypatch.setattr(resume, "fcntl", SimpleNamespace(**names))
+    assert main(["train", str(write_config(tmp_path, train={"steps": 1, "eval_every": 0}))]) == 0
+    assert "run cannot be locked (No locks available): let no other run use it" in caplog.text
 
 
 # What is wrong in a folder is said before anything is written.
@@ -457,7 +489,7 @@ def test_every_rank_learns_which_file_of_the_end_cannot_be_written(
 ) -> None:
     path, run = write_config(tmp_path, train={"steps": 1, "eval_every": 0}), tmp_path / "run"
     pool(2).run(train, path, [])
-    for name in ("run.png", "result.json", "tensorboard"):
+    for name in ("tensorboard", "run.png", "result.json"):
         in_its_place = run / name
         in_its_place.unlink(missing_ok=True)
         if name == "tensorboard":
