@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +20,7 @@ from zo_dist.config import (
     TrainConfig,
     load_config,
 )
-from zo_dist.methods import AdaLeZOConfig
+from zo_dist.methods import AdaLeZOConfig, AnyRule, AnySampler
 from zo_dist.schedule import lr_share
 
 BASE = """
@@ -217,6 +218,16 @@ def test_the_schedule_warms_up_and_ends_at_its_fraction() -> None:
     assert cosine[-1] == 0.1
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_of_the_repository_reads(path: Path) -> None:
-    assert isinstance(load_config(path), Config)
+    """And none writes where another does, where it would be taken for the same run."""
+    assert load_config(path).train.output == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize(("part", "kinds"), [("sampler", AnySampler), ("rule", AnyRule)])
+def test_every_sampler_and_rule_has_a_recipe(part: str, kinds: Any) -> None:
+    used = {type(getattr(load_config(path).optimizer, part)) for path in CONFIGS}
+    assert used == set(get_args(kinds))
