@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import zo_dist
 from zo_dist.params import Span
+from zo_dist.probes import Batch
 from zo_dist.samplers import Sampler
 
 
@@ -50,17 +51,18 @@ class Polynomial(nn.Module):
 
     def __init__(self, arms: int, size: int, cubic: float = 0.0) -> None:
         super().__init__()
-        self.parts = nn.ModuleList([Part(arm, size, cubic) for arm in range(arms)])
+        self.each = [Part(arm, size, cubic) for arm in range(arms)]
+        self.parts = nn.ModuleList(self.each)
 
     def forward(self, row: Tensor) -> Tensor:
         zeros = torch.zeros_like(row, dtype=torch.float32)
         h = torch.stack([row.float(), zeros, zeros], dim=1)
-        for part in self.parts:
+        for part in self.each:
             h = part(h)
         return h[:, 1] ** 2 / 2 + h[:, 2]
 
 
-def row_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def row_loss(model: nn.Module, batch: Batch) -> Tensor:
     losses = model(batch["row"])
     assert isinstance(losses, Tensor)
     return losses
@@ -260,14 +262,15 @@ def test_what_was_tested_is_what_is_updated(
     again.begin([Span(p.name, p.param.detach().view(-1), 0) for p in optimizer.params])
     moved, stayed = 0, 0
     for _ in range(5):
-        before = [part.weight.detach().clone() for part in model.parts]
-        for part in model.parts:
+        before = [part.weight.detach().clone() for part in model.each]
+        for part in model.each:
             part.seen = []
         optimizer.step_batch({"row": torch.arange(directions)}, row_loss)
         terms = optimizer.record.terms
-        for arm, part in enumerate(model.parts):
+        for arm, part in enumerate(model.each):
             drawn_by = [direction for direction, _ in terms.get(arm, [])]
-            for rows, weight in part.seen:
+            seen, part.seen = part.seen or [], None
+            for rows, weight in seen:
                 if not set(rows) & set(drawn_by):
                     assert torch.equal(weight, before[arm])
             if not drawn_by:
@@ -278,7 +281,7 @@ def test_what_was_tested_is_what_is_updated(
             for direction, scale in terms[arm]:
                 # Row d tests direction d, first with its +, then with its other side; a side that shifts
                 # nothing may run with others like it.
-                first, second = (weight for rows, weight in part.seen if direction in rows)
+                first, second = (weight for rows, weight in seen if direction in rows)
                 z = (first - second) / (2 * eps if estimator == "two_sided" else eps)
                 assert float(z.abs().min()) > 0
                 estimate += scale * z
