@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import build, loss_of, rows_for
 
 import zo_dist
 from zo_dist.config import (
@@ -22,6 +23,7 @@ from zo_dist.config import (
 )
 from zo_dist.methods import AdaLeZOConfig, AnyRule, AnySampler
 from zo_dist.schedule import lr_share
+from zo_dist.train import build_optimizer
 
 BASE = """
 model: {source: m}
@@ -225,6 +227,20 @@ CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 def test_every_config_of_the_repository_reads(path: Path) -> None:
     """And none writes where another does, where it would be taken for the same run."""
     assert load_config(path).train.output == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_takes_steps(path: Path) -> None:
+    """On a model of a hundred weights, in the dtype of the recipe and with its rows."""
+    config = load_config(path)
+    model = build("sequential", config.model.torch_dtype)
+    optimizer = build_optimizer(config, model)
+    for step in range(4):
+        rows = rows_for("sequential", config.train.rows, seed=step, dtype=config.model.torch_dtype)
+        optimizer.step_batch(rows, loss_of)
+        # With an lr of 1e-7, few of so few 16-bit weights move, or none.
+        assert any(scale for scales in optimizer.record.scales for scale in scales)
+    assert optimizer.skipped == 0
 
 
 @pytest.mark.parametrize(("part", "kinds"), [("sampler", AnySampler), ("rule", AnyRule)])
