@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import build, loss_of, rows_for
 
 import zo_dist
 from zo_dist.config import (
@@ -19,8 +21,9 @@ from zo_dist.config import (
     TrainConfig,
     load_config,
 )
-from zo_dist.methods import AdaLeZOConfig
+from zo_dist.methods import AdaLeZOConfig, AnyRule, AnySampler
 from zo_dist.schedule import lr_share
+from zo_dist.train import build_optimizer
 
 BASE = """
 model: {source: m}
@@ -217,6 +220,30 @@ def test_the_schedule_warms_up_and_ends_at_its_fraction() -> None:
     assert cosine[-1] == 0.1
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_of_the_repository_reads(path: Path) -> None:
-    assert isinstance(load_config(path), Config)
+    """And none writes where another does, where it would be taken for the same run."""
+    assert load_config(path).train.output == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_takes_steps(path: Path) -> None:
+    """On a model of a hundred weights, in the dtype of the recipe and with its rows."""
+    config = load_config(path)
+    model = build("sequential", config.model.torch_dtype)
+    optimizer = build_optimizer(config, model)
+    for step in range(4):
+        rows = rows_for("sequential", config.train.rows, seed=step, dtype=config.model.torch_dtype)
+        optimizer.step_batch(rows, loss_of)
+        # With an lr of 1e-7, few of so few 16-bit weights move, or none.
+        assert any(scale for scales in optimizer.record.scales for scale in scales)
+    assert optimizer.skipped == 0
+
+
+@pytest.mark.parametrize(("part", "kinds"), [("sampler", AnySampler), ("rule", AnyRule)])
+def test_every_sampler_and_rule_has_a_recipe(part: str, kinds: Any) -> None:
+    used = {type(getattr(load_config(path).optimizer, part)) for path in CONFIGS}
+    assert used == set(get_args(kinds))

@@ -58,7 +58,9 @@ class TwoSided(Estimator):
 class OneSided(Estimator):
     """`(L(w + eps z) - L(w)) / eps`. The unshifted probes of all directions share clean weights.
 
-    Biased by O(eps); perturbs half as many copies as `TwoSided`.
+    Off by `eps / 2 * z.Hz` along a direction z, with H the Hessian. That has the same sign along -z, so the
+    mean of `slope * z` is that of `TwoSided`, with more variance; what is made of slopes by their sign or
+    size (coefficients, AdaLeZO's scores) does see it. Perturbs half as many copies.
     """
 
     signs = (1.0, 0.0)

@@ -1,0 +1,298 @@
+"""The estimate itself, measured: its mean against autograd's gradient, its variance against theory.
+
+On a polynomial whose derivatives of any order are known, from the weights that a step leaves: with SGD
+and lr 1 they are those before it less the estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import table
+import torch
+from torch import Tensor, nn
+
+import zo_dist
+from zo_dist.params import Span
+from zo_dist.probes import Batch
+from zo_dist.samplers import Sampler
+
+
+class Part(nn.Module):
+    """A layer: adds what its weights contribute to the loss, and can remember which weights it saw."""
+
+    def __init__(self, arm: int, size: int, cubic: float) -> None:
+        super().__init__()
+        numbers = torch.arange(1.0, size + 1)
+        # Multiples of 1/16, below 2: with eps a power of two, shifts by +-eps are exact.
+        self.weight = nn.Parameter((numbers * (5 + 4 * arm) % 17 - 8) / 16)
+        self.curvature = 0.25 * numbers
+        self.linear = (numbers + arm) % 3 / 4 + 0.25
+        self.cubic, self.zero = cubic, torch.zeros(())
+        # Each forward's row numbers and weights, once this is a list.
+        self.seen: list[tuple[tuple[int, ...], Tensor]] | None = None
+
+    def forward(self, h: Tensor) -> Tensor:
+        w = self.weight
+        if self.seen is not None:
+            self.seen.append((tuple(h[:, 0].int().tolist()), w.detach().clone()))
+        rest = torch.dot(w * w, self.curvature / 2 + self.cubic * w)
+        return h + torch.stack([self.zero, torch.dot(self.linear, w), rest])
+
+
+class Polynomial(nn.Module):
+    """`line**2 / 2 + rest`: every weight meets every other in the Hessian; all rows are equal.
+
+    One arm per part. Without `cubic` the two-sided slope is the gradient's, whatever eps is.
+    """
+
+    def __init__(self, arms: int, size: int, cubic: float = 0.0) -> None:
+        super().__init__()
+        self.each = [Part(arm, size, cubic) for arm in range(arms)]
+        self.parts = nn.ModuleList(self.each)
+
+    def forward(self, row: Tensor) -> Tensor:
+        zeros = torch.zeros_like(row, dtype=torch.float32)
+        h = torch.stack([row.float(), zeros, zeros], dim=1)
+        for part in self.each:
+            h = part(h)
+        return h[:, 1] ** 2 / 2 + h[:, 2]
+
+
+def row_loss(model: nn.Module, batch: Batch) -> Tensor:
+    losses = model(batch["row"])
+    assert isinstance(losses, Tensor)
+    return losses
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors]).double()
+
+
+def derivatives(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Gradient `[d]` and Hessian `[d, d]`, by autograd."""
+    params = list(model.parameters())
+    first = torch.autograd.grad(model(torch.zeros(1)).sum(), params, create_graph=True)
+    second = [torch.autograd.grad(g, params, retain_graph=True) for g in torch.cat(first)]
+    return flat(first), torch.stack([flat(row) for row in second])
+
+
+def optimizer_of(model: nn.Module, **options: Any) -> zo_dist.ZeroOrder:
+    return zo_dist.ZeroOrder(model, **{"lr": 1.0, "eps": 0.25, "self_check": False, **options})
+
+
+def estimates_of(optimizer: zo_dist.ZeroOrder, steps: int, each: Callable[[], None] = lambda: None) -> Tensor:
+    """float64 `[steps, d]`: what each of so many steps took off the same weights. `each` runs before it."""
+    params = [p.param for p in optimizer.params]
+    start = [p.detach().clone() for p in params]
+    rows = {"row": torch.arange(optimizer.directions)}
+    taken = []
+    for _ in range(steps):
+        each()
+        optimizer.step_batch(rows, row_loss)
+        taken.append(flat(start) - flat(params))
+        for param, value in zip(params, start, strict=True):
+            param.data.copy_(value)
+    return torch.stack(taken)
+
+
+def noise_of(optimizer: zo_dist.ZeroOrder, steps: int) -> Tensor:
+    """float64 `[steps, directions, d]`: z of every weight."""
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    flat(optimizer.noise.values(p.name, step, d, 0, p.numel) for p in optimizer.params)
+                    for d in range(optimizer.directions)
+                ]
+            )
+            for step in range(steps)
+        ]
+    )
+
+
+def expect_mean(samples: Tensor, expected: Tensor | float, where: str = "") -> Tensor:
+    """Each column's mean is `expected`, within 5 of its deviations; returns these.
+
+    A right one fails once in 1.7 million. 1e-5: the rounding of losses of some 10 in float32, some
+    1e-6, over a distance of eps = 1/4, times a z of up to 5 and a weight of the update of up to 4.
+    """
+    deviation = samples.std(0) / math.sqrt(len(samples))
+    error = (samples - expected).mean(0).abs()
+    assert bool((error < 5 * deviation + 1e-5).all()), f"{where}: {error} against {deviation}"
+    return deviation
+
+
+# Of 8 arms: 2, 1 and 1 in a direction. Dense is with the variance below.
+SAMPLED: dict[str, Callable[[], Sampler]] = {
+    "uniform": lambda: zo_dist.Uniform(sparsity=0.75),
+    "adalezo_unclipped": lambda: zo_dist.AdaLeZO(clip=math.inf),
+    "adalezo": zo_dist.AdaLeZO,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "law", "estimator", "mode"),
+    table.all_pairs(tuple(SAMPLED), table.LAWS, tuple(table.ESTIMATORS), table.MODES),
+)
+def test_the_mean_estimate_is_the_gradient_times_what_the_sampler_says(
+    name: str, law: str, estimator: str, mode: str
+) -> None:
+    model = Polynomial(arms=8, size=2)
+    gradient, _ = derivatives(model)
+    optimizer = optimizer_of(
+        model, sampler=SAMPLED[name](), estimator=table.ESTIMATORS[estimator](), noise=law, perturb=mode,
+        directions=8,
+    )  # fmt: skip
+    sampler = optimizer.sampler
+    assert len(optimizer.arms) == 8
+    shares: list[Tensor] = []
+
+    def before() -> None:
+        """The share of the gradient that each arm is to get, from what the bandit knows by then."""
+        if isinstance(sampler, zo_dist.AdaLeZO):
+            mine = [min(1.0, sampler.clip * sampler.num_draws * p) for p in sampler.probabilities]
+        else:
+            mine = [0.25] * 8
+        assert sampler.lr_factor == pytest.approx(sum(mine) / 8)
+        shares.append(torch.tensor(mine, dtype=torch.float64).repeat_interleave(2))
+
+    estimates = estimates_of(optimizer, 160, before)
+    expected = torch.stack(shares) * gradient
+    expect_mean(estimates - expected, 0.0, "weights")
+    # The same along the gradient, where a wrong factor shows most. Wrong ones are: for uniform 4, for
+    # an AdaLeZO that clips where it should not, or does not where it should, about 1/2 and 2.
+    along = (estimates @ gradient) / (expected @ gradient)
+    assert float(expect_mean(along, 1.0, "along the gradient")) < 0.5 / 5
+    if name == "adalezo":
+        assert 0.3 < float(torch.stack(shares).mean()) < 0.6
+
+
+@pytest.mark.parametrize("law", table.LAWS)
+@pytest.mark.parametrize(("directions", "steps"), [(1, 2000), (2, 1200), (8, 500)])
+def test_the_variance_is_that_of_theory_and_falls_with_directions(
+    directions: int, steps: int, law: str
+) -> None:
+    """(d - 1) |g|^2 / D for signs, (d + 1) |g|^2 / D for normals; d = 4, so that these are 3 and 5."""
+    model = Polynomial(arms=1, size=4)
+    gradient, _ = derivatives(model)
+    estimates = estimates_of(optimizer_of(model, noise=law, directions=directions), steps)
+    expect_mean(estimates, gradient, "mean")
+    theory = (3 if law == "rademacher" else 5) * float(gradient.square().sum()) / directions
+    relative = (estimates - gradient).square().sum(1) / theory
+    # 3 for 5, or 5 for 3, would be off by 0.4 or more.
+    assert float(expect_mean(relative, 1.0, "variance")) < 0.3 / 5
+
+
+@pytest.mark.parametrize("law", table.LAWS)
+def test_slopes_are_those_of_autograd(law: str) -> None:
+    """Two-sided g.z, one-sided g.z + eps/2 z.Hz, direction by direction; the latter's mean is eps/2 tr H."""
+    model = Polynomial(arms=4, size=3)
+    gradient, hessian = derivatives(model)
+    for name, make in table.ESTIMATORS.items():
+        optimizer = optimizer_of(model, lr=0.0, estimator=make(), noise=law, directions=8)
+        slopes = []
+        for _ in range(100):
+            optimizer.step_batch({"row": torch.arange(8)}, row_loss)
+            slopes.append(optimizer.record.slopes)
+        z = noise_of(optimizer, 100).flatten(0, 1)
+        curved = 0.0 if name == "two_sided" else 0.125 * ((z @ hessian) * z).sum(1)
+        measured = torch.tensor(slopes, dtype=torch.float64).flatten()
+        # Losses are some 30 at most where |z| is large: a few roundings of 2e-6, over 1/4.
+        torch.testing.assert_close(measured, z @ gradient + curved, rtol=1e-5, atol=3e-5)
+        expect_mean(measured, 0.0 if name == "two_sided" else 0.125 * float(hessian.trace()), name)
+    assert float(hessian.trace()) > 1.0
+
+
+def test_one_side_costs_variance() -> None:
+    """d eps^2 / 4 E (z.Hz)^2 more, for signs: E (z.Hz)^2 = (tr H)^2 + 2 (sum of squares off the diagonal)."""
+    model = Polynomial(arms=1, size=4)
+    gradient, hessian = derivatives(model)
+    eps, steps = 1.0, 2000
+    optimizer = optimizer_of(model, eps=eps, estimator=zo_dist.OneSided())
+    errors = (estimates_of(optimizer, steps) - gradient).square().sum(1)
+    off = hessian - hessian.diag().diag()
+    square = float(hessian.trace() ** 2 + 2 * off.square().sum())
+    two_sided = 3 * float(gradient.square().sum())
+    theory = two_sided + 4 * eps**2 / 4 * square
+    assert float(expect_mean(errors / theory, 1.0)) < 0.2 / 5
+    assert theory > 1.5 * two_sided
+
+
+@pytest.mark.parametrize("law", table.LAWS)
+@pytest.mark.parametrize("estimator", list(table.ESTIMATORS))
+def test_the_bias_is_of_third_order(estimator: str, law: str) -> None:
+    """For c w^3, c eps^2 E z^4: by the same for both estimators, and for normals three times as much."""
+    model = Polynomial(arms=1, size=4, cubic=1.0)
+    gradient, _ = derivatives(model)
+    eps = 1.0
+    optimizer = optimizer_of(model, eps=eps, estimator=table.ESTIMATORS[estimator](), noise=law, directions=8)
+    bias = eps**2 * (1 if law == "rademacher" else 3)
+    deviation = expect_mean(estimates_of(optimizer, 500), gradient + bias)
+    # No bias, or that of the other law, would be off by 1 at least for signs, and for normals by 2.
+    assert float(deviation.max()) * 5 < (0.5 if law == "rademacher" else 1.5)
+
+
+PAIRS = table.all_pairs(
+    tuple(table.RULES),
+    tuple(table.COEFFICIENTS),
+    tuple(table.SAMPLERS),
+    table.DIRECTIONS,
+    table.LAWS,
+    table.MODES,
+    tuple(table.ESTIMATORS),
+)
+
+
+@pytest.mark.parametrize(("rule", "coefficients", "sampler", "directions", "law", "mode", "estimator"), PAIRS)
+def test_what_was_tested_is_what_is_updated(
+    rule: str, coefficients: str, sampler: str, directions: int, law: str, mode: str, estimator: str
+) -> None:
+    """Each layer's z, from the weights that it saw in its forwards, is what the rule made its move of."""
+    eps, lr = 0.25, 0.0625
+    model = Polynomial(arms=4, size=3)
+    optimizer = table.optimizer(
+        model, lr=lr, eps=eps, sampler=sampler, estimator=estimator, coefficients=coefficients, rule=rule,
+        directions=directions, noise=law, perturb=mode, self_check=False,
+    )  # fmt: skip
+    again = table.RULES[rule]()
+    again.begin([Span(p.name, p.param.detach().view(-1), 0) for p in optimizer.params])
+    moved, stayed = 0, 0
+    for _ in range(5):
+        before = [part.weight.detach().clone() for part in model.each]
+        for part in model.each:
+            part.seen = []
+        optimizer.step_batch({"row": torch.arange(directions)}, row_loss)
+        terms = optimizer.record.terms
+        for arm, part in enumerate(model.each):
+            drawn_by = [direction for direction, _ in terms.get(arm, [])]
+            seen, part.seen = part.seen or [], None
+            for rows, weight in seen:
+                if not set(rows) & set(drawn_by):
+                    assert torch.equal(weight, before[arm])
+            if not drawn_by:
+                assert torch.equal(part.weight, before[arm])
+                stayed += 1
+                continue
+            estimate = torch.zeros(3)
+            for direction, scale in terms[arm]:
+                # Row d tests direction d, first with its +, then with its other side; a side that shifts
+                # nothing may run with others like it.
+                first, second = (weight for rows, weight in seen if direction in rows)
+                z = (first - second) / (2 * eps if estimator == "two_sided" else eps)
+                assert float(z.abs().min()) > 0
+                estimate += scale * z
+            name = optimizer.arms[arm].params[0].name
+            kept = [again.kept[key][name] for key in again.keeps]
+            move = again.move(estimate, kept, optimizer.writes[arm])
+            # Signs are seen to the bit; of a normal 1e-6, the rounding of weights of up to 2 over eps,
+            # is lost, times a scale of up to 20 (and momentum, of up to 4 of these in 5 steps) and lr.
+            atol = 2.0**-22 if law == "rademacher" else 1e-6 * 80 * lr
+            torch.testing.assert_close(part.weight.detach(), before[arm] - lr * move, rtol=0, atol=atol)
+            # Signs of several directions can add up to nothing.
+            moved += bool(move.any())
+    assert moved
+    assert stayed or sampler == "dense" or directions > 2
