@@ -21,7 +21,10 @@ from zo_dist.config import (
     TrainConfig,
     load_config,
 )
-from zo_dist.methods import AdaLeZOConfig, AnyRule, AnySampler
+from zo_dist.learn_scale import new_nets
+from zo_dist.methods import AdaLeZOConfig, AnyRule, AnySampler, LearnedScaleConfig
+from zo_dist.params import trainable_params
+from zo_dist.scale import save_nets
 from zo_dist.schedule import lr_share
 from zo_dist.train import build_optimizer
 
@@ -230,10 +233,15 @@ def test_every_config_of_the_repository_reads(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_takes_steps(path: Path) -> None:
+def test_every_config_takes_steps(path: Path, tmp_path: Path) -> None:
     """On a model of a hundred weights, in the dtype of the recipe and with its rows."""
     config = load_config(path)
     model = build("sequential", config.model.torch_dtype)
+    if isinstance(config.optimizer.scale, LearnedScaleConfig):
+        # It is learnt for its model.
+        params = trainable_params(model, lambda p: p.shape)
+        save_nets(tmp_path / "scale", new_nets(len(params), seed=0), params, 240, {})
+        config = load_config(path, [f"optimizer.scale.path={tmp_path / 'scale'}"])
     optimizer = build_optimizer(config, model)
     for step in range(4):
         rows = rows_for("sequential", config.train.rows, seed=step, dtype=config.model.torch_dtype)

@@ -47,15 +47,15 @@ def test_a_matrix_has_the_rank_and_a_vector_what_it_had(law: str, name: str, ran
 def test_elements_have_mean_0_and_variance_1_and_do_not_go_together(fixed: bool) -> None:
     # With fixed sides over runs, else over steps, each with its right side.
     options = zo_dist.LowRank(rank=2, fixed=True) if fixed else zo_dist.LowRank(rank=2, refresh=1)
-    draws, shapes = 1000, {"w": torch.Size((3, 4))}
+    draws, shapes = 400, {"w": torch.Size((3, 4))}
     all_z = torch.stack(
         [LowRankNoise("gaussian", i, False, options, shapes).values("w", i, 0, 0, 12) for i in range(draws)]
     )
     second = all_z.T @ all_z / draws
     # A product of three independent normals has E z^4 = 3**3, so a mean of z_i z_j over the draws has a
-    # deviation of at most sqrt(27 / 1000) = 0.16; five of these, and of 144 of them the mean.
-    torch.testing.assert_close(second, torch.eye(12), rtol=0, atol=0.82)
-    assert float((second - torch.eye(12)).abs().mean()) < 0.16
+    # deviation of at most sqrt(27 / 400) = 0.26; five of these, and of 144 of them the mean.
+    torch.testing.assert_close(second, torch.eye(12), rtol=0, atol=1.3)
+    assert float((second - torch.eye(12)).abs().mean()) < 0.26
     assert float(all_z.mean(0).abs().max()) < 5 / draws**0.5
 
 

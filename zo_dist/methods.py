@@ -189,6 +189,9 @@ class LearnedScaleConfig(ScaleSection):
     path: str
     name: Literal["learned"] = "learned"
 
+    def __post_init__(self) -> None:
+        """The file is read when a run begins, and may be made after its config."""
+
 
 AnySampler = DenseConfig | UniformConfig | AdaLeZOConfig
 AnyCoefficients = RawConfig | SignOnlyConfig | ClipConfig | RootMeanSquareConfig | StandardiseConfig

@@ -123,22 +123,21 @@ class ScaleNets(nn.Module):
 class LearnedScale(Scale):
     """Factors by nets that `zo-dist learn-scale` trained on this model or one of the same shapes.
 
-    ZO Fine-tuner (arXiv 2510.00419). `path`: what it wrote. Per step, inputs are the mean and variance of
-    each block, the mean losses of both sides in the step before and the factor before. Cost: a pass over
-    this rank's weights and 32 bytes per parameter tensor and rank. Where we differ: an embedding that is
+    ZO Fine-tuner (arXiv 2510.00419). `path`: what it wrote, read by `ZeroOrder`. Per step, inputs are the
+    mean and variance of each block, the mean losses of both sides in the step before and the factor
+    before. Cost: a pass over this rank's weights and 32 bytes per parameter tensor and rank. Where we differ: an embedding that is
     also the head counts whole in the normalisation, not by the tokens of a batch; factors are cut to 12
     bits, so that the log of a run replays anywhere.
     """
 
     def __init__(self, path: str | Path) -> None:
-        nets, blocks, tokens = load_nets(path)
-        self._nets, self._rows, self._tokens = nets, blocks, tokens
-        # Of the content: the file may lie elsewhere on another machine.
-        self.content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         self._path = Path(path)
 
     def bind(self, arms: Sequence[Arm]) -> None:
         super().bind(arms)
+        self._nets, self._rows, tokens = load_nets(self._path)
+        # What logs and ranks compare: the file may lie elsewhere on another machine.
+        self.content = hashlib.sha256(self._path.read_bytes()).hexdigest()
         missing = [p.name for p in self.params if self._rows.get(p.name, (0, ()))[1] != tuple(p.shape)]
         if missing:
             raise ValueError(
@@ -146,7 +145,7 @@ class LearnedScale(Scale):
                 f"{len(self.params)} of this model, or has them in another shape, first {missing[0]}; "
                 "learn a scale with this model"
             )
-        self._energies = energies(self.params, self._tokens)
+        self._energies = energies(self.params, tokens)
         self._sigmas = [1.0] * len(self.params)
         self._losses = [0.0, 0.0]
 
