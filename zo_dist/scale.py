@@ -125,9 +125,9 @@ class LearnedScale(Scale):
 
     ZO Fine-tuner (arXiv 2510.00419). `path`: what it wrote, read by `ZeroOrder`. Per step, inputs are the
     mean and variance of each block, the mean losses of both sides in the step before and the factor
-    before. Cost: a pass over this rank's weights and 32 bytes per parameter tensor and rank. Where we differ: an embedding that is
-    also the head counts whole in the normalisation, not by the tokens of a batch; factors are cut to 12
-    bits, so that the log of a run replays anywhere.
+    before. Cost: a pass over this rank's weights and 32 bytes per parameter tensor and rank. Where we
+    differ: an embedding that is also the head counts whole in the normalisation, not by the tokens of a
+    batch; factors are cut to 12 bits, so that the log of a run replays anywhere.
     """
 
     def __init__(self, path: str | Path) -> None:
