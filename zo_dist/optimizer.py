@@ -19,7 +19,7 @@ from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_p
 from zo_dist.parts import Shifts
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 from zo_dist.prefix import PrefixUnsafeError
-from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, closure_sums, first_row, num_rows
+from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, closure_sums, count_rows, first_row
 from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
@@ -47,10 +47,12 @@ class ZeroOrder(torch.optim.Optimizer):
 
     `model`: an `nn.Module`, DDP, a `fully_shard`-ed module or a DeepSpeed engine; parameters with
     `requires_grad=False` are left alone. `lr`, `eps`: above 0 (`lr` may be 0), as in MeZO.
-    `directions`: how many are tested per step, over all ranks. `perturb`: `module` shifts a weight in
-    a scratch copy while the module that owns it runs; `shard` shifts the local shards before a
-    forward and restores their bytes after it (2 x directions forwards of their rows), for objectives
-    and models that read weights outside the module that owns them.
+    `directions`: how many are tested per step, over all ranks. `sampler`: which arms each of them draws;
+    `estimator`, `coefficients`, `rule`: from losses to slopes, to what counts of them, to the move of the
+    weights; `noise`, `low_rank`, `scale`: the directions themselves (`docs/methods.md` has all of them).
+    `perturb`: `module` shifts a weight in a scratch copy while the module that owns it runs; `shard` shifts
+    the local shards before a forward and restores their bytes after it (2 x directions forwards of
+    their rows), for objectives and models that read weights outside the module that owns them.
     `rounding` of writes to 16-bit weights: `stochastic`, `kahan` (2 bytes per parameter) or
     `nearest`. `max_skipped`: steps in a row with a non-finite loss before NonFiniteLossError.
     `self_check`: before the first step, verify that every arm moves the loss and that writes reach
@@ -147,7 +149,7 @@ class ZeroOrder(torch.optim.Optimizer):
         tests direction floor(r * directions / R). Returns the mean loss as `step` does.
         """
         batches = [batch] if not isinstance(batch, Sequence) else list(batch)
-        first, total, num_forwards = self._count_rows(batches)
+        first, total, num_forwards = count_rows(self.engine, batches, self.directions)
         self.prepare(batches[0], row_loss)
         return self._step(lambda p: p.by_rows(batches, row_loss, first, total, num_forwards))
 
@@ -248,29 +250,6 @@ class ZeroOrder(torch.optim.Optimizer):
                 "The weights are those of the last step that was written"
             )
         return math.nan
-
-    def _count_rows(self, batches: list[Batch]) -> tuple[int, int, int]:
-        """This rank's first row, the rows of all ranks, and the forwards that each rank makes."""
-        error: ValueError | None = None
-        rows = 0
-        try:
-            if not batches:
-                raise ValueError("step_batch got an empty list; a rank without rows passes a batch of 0")
-            rows = sum(num_rows(b) for b in batches)
-        except ValueError as caught:
-            error = caught
-        counts = self.engine.exchange([float(rows), float(len(batches)), float(error is not None)])
-        if error is not None:
-            raise error
-        if bool(counts[:, 2].any()):
-            raise ValueError(f"rank {int(counts[:, 2].argmax())} was given a bad batch; see its log")
-        total = int(counts[:, 0].sum())
-        if total < self.directions:
-            raise ValueError(
-                f"{self.directions} directions need at least as many rows per step, but all ranks "
-                f"together have {total}; lower directions or give more rows"
-            )
-        return int(counts[: self.engine.rank, 0].sum()), total, int(counts[:, 1].max())
 
     def prepare(self, batch: Batch, row_loss: RowLoss) -> None:
         """The start-up check and the compilation of the noise, which the first step else begins with.

@@ -53,6 +53,33 @@ def rows_of_directions(first: int, rows: int, total: int, directions: int) -> li
     return shares
 
 
+def count_rows(engine: Engine, batches: Sequence[Batch], directions: int) -> tuple[int, int, int]:
+    """This rank's first row, the rows of all ranks, and the forwards that each rank makes. A collective.
+
+    ValueError on every rank if a batch is none, or there are fewer rows than directions.
+    """
+    error: ValueError | None = None
+    rows = 0
+    try:
+        if not batches:
+            raise ValueError("step_batch got an empty list; a rank without rows passes a batch of 0")
+        rows = sum(num_rows(b) for b in batches)
+    except ValueError as caught:
+        error = caught
+    counts = engine.exchange([float(rows), float(len(batches)), float(error is not None)])
+    if error is not None:
+        raise error
+    if bool(counts[:, 2].any()):
+        raise ValueError(f"rank {int(counts[:, 2].argmax())} was given a bad batch; see its log")
+    total = int(counts[:, 0].sum())
+    if total < directions:
+        raise ValueError(
+            f"{directions} directions need at least as many rows per step, but all ranks "
+            f"together have {total}; lower directions or give more rows"
+        )
+    return int(counts[: engine.rank, 0].sum()), total, int(counts[:, 1].max())
+
+
 class StepProbes:
     """The probes of one step, evaluated by closure or in stacked forwards, in either perturb mode.
 
