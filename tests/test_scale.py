@@ -11,11 +11,14 @@ import pytest
 import table
 import torch
 from models import build, loss_of, rows_for
+from tiny_run import launch, result_of, write_config
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import LlamaForCausalLM
 from workers import Pool, digest, needs_deepspeed, whole_weights, wrap
 
 import zo_dist
+from zo_dist.cli import main
 from zo_dist.engines import select
 from zo_dist.learn_scale import Learning, learn_scale, new_nets
 from zo_dist.noise import Noise
@@ -331,3 +334,34 @@ def test_a_scale_is_learnt_in_float32_alone() -> None:
     params = trainable_params(model, lambda p: p.shape)
     with pytest.raises(ValueError, match="float32"):
         learn_scale(select(model), params, lambda step: {}, 1, loss_of, Learning())
+
+
+def test_the_command_learns_a_scale_that_runs_train_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Learnt by one process, used by two with sharded weights, and by a resume."""
+    scale = tmp_path / "made" / "scale.safetensors"
+    config = write_config(tmp_path, model={"dtype": "bfloat16"})
+    assert main(["learn-scale", str(config), "--to", str(scale), "--epochs", "1", "--restart", "1"]) == 0
+    result = result_of(capsys.readouterr().out)
+    assert result["scale"] == str(scale)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert result["blocks"] == len(list(model.parameters()))
+    use = "optimizer.scale={name: learned, path: %s}"
+    trained = launch(["train", str(config), use % scale, "engine.kind=fsdp2"])
+    assert trained.returncode == 0, trained.stderr
+    # Moved, it is the same scale; another in its place is not.
+    moved = scale.rename(tmp_path / "elsewhere")
+    assert main(["train", str(config), use % moved, "train.steps=5"]) == 0
+    assert result_of(capsys.readouterr().out)["steps"] == 5
+    params = trainable_params(model, lambda p: p.shape)
+    save_nets(scale, new_nets(len(params), seed=9), params, 240, {})
+    assert main(["train", str(config), use % scale, "train.steps=6"]) == 2
+    assert "scale is" in capsys.readouterr().err
+
+
+def test_a_scale_is_learnt_by_one_process(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    refused = launch(["learn-scale", str(config), "--to", str(tmp_path / "scale")])
+    assert refused.returncode != 0
+    assert "one process that holds the model, not by 2" in refused.stderr
