@@ -74,8 +74,8 @@ def learn_scale(
     """Nets for `params`, trained on `batches(step)`; the model has its weights back at the end.
 
     Weights must be float32, or the step of size `lr_step` would be rounded away. Cost of a step: four
-    forwards and two backwards; memory for a gradient and three copies of the weights (the start, momentum, and
-    what they are while shifted).
+    forwards and two backwards; memory for a gradient and three copies of the weights (the start, momentum,
+    and what they are while shifted).
     """
     _require_whole_float32(engine, params)
     nets, noise = new_nets(len(params), seed), Noise("rademacher", seed, compile=True)
