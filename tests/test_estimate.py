@@ -296,3 +296,31 @@ def test_what_was_tested_is_what_is_updated(
             moved += bool(move.any())
     assert moved
     assert stayed or sampler == "dense" or directions > 2
+
+
+class Bowl(nn.Module):
+    """`|w|**2 / 2`, the same for each row: its gradient is w."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(1.0, size + 1) / 8)
+
+    def forward(self, row: Tensor) -> Tensor:
+        return (self.weight.square().sum() / 2).expand(len(row))
+
+
+@pytest.mark.parametrize(("directions", "steps"), [(1, 50), (2, 600), (4, 600), (16, 300)])
+def test_the_best_learning_rate_is_d_over_d_and_the_weights(directions: int, steps: int) -> None:
+    """In a bowl one step of lr takes off `lr e.w - lr**2 |e|**2 / 2`: most at `E e.w / E |e|**2`."""
+    size = 12
+    model = Bowl(size)
+    weight = flat([model.weight])
+    taken = estimates_of(optimizer_of(model, directions=directions), steps)
+    along, length = taken @ weight, taken.square().sum(1)
+    best = directions / (directions + size - 1)
+    # Where the numerator less `best` times the denominator has the mean 0.
+    expect_mean((along - best * length).unsqueeze(1), 0.0)
+    # And not for another number of directions.
+    other = 2 * directions / (2 * directions + size - 1)
+    off = along - other * length
+    assert abs(float(off.mean())) > 5 * float(off.std()) / steps**0.5
