@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks import memory, subjects
 from benchmarks.published import PublishedMeZO
 from benchmarks.traffic import Counted, split
-from zo_dist import AdaLeZO, Dense, Uniform, ZeroOrder
+from zo_dist import AdaLeZO, Dense, LowRank, Uniform, ZeroOrder
 from zo_dist.engines import initialize_process_group, leave_process_group, read_ds_config, select
 from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2, zero3_engine
 from zo_dist.noise import GROUP
@@ -33,7 +33,11 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "mezo": Dense,
     "lezo": lambda: Uniform(sparsity=0.75),
     "adalezo": lambda: AdaLeZO(ratio=0.2),
+    "lozo": Dense,
+    "adalozo": lambda: AdaLeZO(ratio=0.2),
 }
+# Directions of rank 2, from normals.
+LOW_RANK = ("lozo", "adalozo")
 EPS, LR = 1e-3, 1e-7
 # MeZO as published costs what ten other methods cost, and hardly varies.
 PUBLISHED_ROUNDS = 3
@@ -201,7 +205,8 @@ def make(
         eps=EPS,
         sampler=SAMPLERS[method](),
         directions=directions,
-        noise=setting.noise,  # type: ignore[arg-type]
+        noise="gaussian" if method in LOW_RANK else setting.noise,  # type: ignore[arg-type]
+        low_rank=LowRank(rank=2) if method in LOW_RANK else None,
         self_check=False,
         compile=True,
     )

@@ -27,6 +27,7 @@ from benchmarks.subjects import MODELS
 CASES = [
     *("forward", "two_forwards", "stacked_forward", "mezo_published"),
     *("mezo", "lezo", "adalezo", "adalezo:4", "adalezo:16"),
+    *("lozo", "lozo:16", "adalozo:16"),
 ]
 ENGINES = ["replicated", "fsdp2", "deepspeed"]
 

@@ -6,7 +6,9 @@ import itertools
 from typing import Any
 
 import pytest
+import table
 import torch
+from models import KINDS, build, loss_of, rows_for
 from torch import Tensor, nn
 
 import zo_dist
@@ -131,3 +133,51 @@ def test_a_step_moves_a_matrix_within_the_rank() -> None:
     values = torch.linalg.svdvals((model.weight.detach() - before).double())
     assert values[1] > 1e-3 * values[0]
     assert values[2] < 1e-4 * values[0]
+
+
+@pytest.mark.parametrize("name", ["lozo", "tezo"])
+@pytest.mark.parametrize("sampler", ["dense", "adalezo"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_thin_products_have_the_losses_of_shifted_weights(kind: str, sampler: str, name: str) -> None:
+    """Stacked, where linear layers are not shifted, against shards that are."""
+    losses = {}
+    for mode in table.MODES:
+        seen: list[Tensor] = []
+
+        def loss(model: nn.Module, batch: Any, seen: list[Tensor] = seen) -> Any:
+            out = loss_of(model, batch)
+            seen.append((out[0] if isinstance(out, tuple) else out).clone())
+            return out
+
+        optimizer = table.optimizer(
+            build(kind), noise=name, sampler=sampler, perturb=mode, directions=2, lr=0.0, eps=2.0**-5,
+            self_check=False,
+        )  # fmt: skip
+        optimizer.step_batch(rows_for(kind, 4), loss)
+        losses[mode] = torch.cat(seen)
+    assert len(set(losses["module"].tolist())) == 8
+    # A few dozen roundings in sequence on a loss of this size, as in test_perturb.py.
+    tolerance = 64 * 2.0**-23 * float(losses["shard"].max())
+    torch.testing.assert_close(losses["module"], losses["shard"], rtol=0, atol=tolerance)
+
+
+def test_a_stacked_forward_shifts_no_weight_of_a_linear_layer() -> None:
+    model = nn.Sequential(nn.Linear(9, 7), nn.LayerNorm(7), nn.Linear(7, 1))
+    optimizer = zo_dist.ZeroOrder(
+        model, low_rank=zo_dist.LowRank(rank=2), noise="gaussian", directions=2, self_check=False
+    )
+    shifted: list[str] = []
+    shift = optimizer.noise.shift
+
+    def watched(outs: Any, weight: Tensor, name: str, *arguments: Any) -> None:
+        shifted.append(name)
+        shift(outs, weight, name, *arguments)
+
+    rows = {"x": torch.randn(4, 9, generator=torch.Generator().manual_seed(0))}
+    optimizer.prepare(rows, lambda m, batch: m(batch["x"]).square().sum(1))
+    optimizer.noise.shift = watched  # type: ignore[method-assign]
+    optimizer.step_batch(rows, lambda m, batch: m(batch["x"]).square().sum(1))
+    assert set(shifted) == {"1.weight", "1.bias"}
+    # Step by step, one probe at a time, copies are shifted.
+    optimizer.step(lambda: model(rows["x"]).square().sum())
+    assert "0.weight" in shifted

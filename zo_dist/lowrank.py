@@ -52,7 +52,8 @@ class LowRankNoise(Noise):
     Elements have mean 0 and variance 1, as any other noise: LOZO's own code has neither the root nor,
     in the update, the 1 / rank of its paper, so that its `eps` is ours over `sqrt(rank)` and its paper's
     `lr` is ours. Directions of a step share the right side. Cost: some `rank + 4` passes in float32 over what
-    is shifted or written; factors are not kept, a step draws them again wherever they are used.
+    is shifted or written; sides are not kept, a step draws them again wherever they are used. A stacked
+    forward shifts no copy of a linear layer's weights: see `parts.corrected`.
     """
 
     def __init__(
@@ -60,9 +61,9 @@ class LowRankNoise(Noise):
     ) -> None:
         super().__init__(law, seed, compile)
         self._rank = low_rank
-        self._columns = {
-            name: math.prod(shape[1:]) for name, shape in shapes.items() if len(shape) > 1 and shape.numel()
-        }
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1 and shape.numel()}
+        self._rows = {name: shape[0] for name, shape in matrices.items()}
+        self._columns = {name: math.prod(shape[1:]) for name, shape in matrices.items()}
 
     @property
     def kind(self) -> str:
@@ -70,6 +71,13 @@ class LowRankNoise(Noise):
 
     def writes_natively(self, flat: Tensor, name: str) -> bool:
         return name not in self._columns and super().writes_natively(flat, name)
+
+    def has_sides(self, name: str) -> bool:
+        return name in self._columns
+
+    def sides(self, name: str, step: int, direction: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        left = self._left(name, step, direction, 0, self._rows[name], device)
+        return left * self._rank.rank**-0.5, self._right(name, step, device)
 
     def _right(self, name: str, step: int, device: torch.device) -> Tensor:
         """`[rank, columns]`."""

@@ -169,6 +169,14 @@ class Noise:
         """What tells this noise from any other of its seed."""
         return self.law
 
+    def has_sides(self, name: str) -> bool:
+        """Is z of this parameter the product of two thin matrices?"""
+        return False
+
+    def sides(self, name: str, step: int, direction: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """These, `[rows, rank]` and `[rank, columns]`, in float32."""
+        raise TypeError(f"{type(self).__name__} has no sides")
+
     def writes_natively(self, flat: Tensor, name: str) -> bool:
         """Does native.cpp serve for the whole write of this parameter?"""
         return self.in_native(flat)

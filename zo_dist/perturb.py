@@ -22,6 +22,7 @@ from zo_dist.parts import (
     Probe,
     Scratch,
     Shifts,
+    corrected,
     is_own,
     linear,
     looked_up,
@@ -161,6 +162,10 @@ class ModulePerturbation:
     ) -> Tensor:
         """`_split` for torch's own linear layer: the products of drawn probes land where they belong."""
         assert isinstance(owner, nn.Linear)
+        owned = {place.attribute: param.name for place, param in self._owned[owner]}
+        if self._shifts.noise.has_sides(owned.get("weight", "")):
+            drawn = [[(self._live[i][0], rows[i]) for i in sides] for sides in groups]
+            return corrected(self._shifts, owned, x, forward(x), drawn)
         out = x.new_empty(*x.shape[:-1], owner.out_features)
         for sides in groups:
             self._linear(owner, [(self._live[i][0], x[rows[i]], out[rows[i]]) for i in sides])
