@@ -82,6 +82,7 @@ def whole(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory)
     return folder, time.perf_counter() - start
 
 
+@pytest.mark.timeout(600 + 60 * KILLS)
 def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(
     whole: tuple[Path, float], pool: Callable[[int], Pool], tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(
         assert main(["check", str(run)]) == 0
         runs += 1
         shutil.rmtree(run)
+        print(f"{kills} kills in {runs} runs, each of which ended with the same bits")
 
 
 @pytest.mark.parametrize(
@@ -232,8 +234,13 @@ def test_a_signal_during_the_last_evaluation_ends_nothing(
 
 def test_a_second_signal_is_not_kept_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "score", sends(signal.SIGINT, 2, train_module.score))
-    with pytest.raises(KeyboardInterrupt):
-        main(["train", str(write_config(tmp_path))])
+    # A shell starts what it runs in the background with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main(["train", str(write_config(tmp_path))])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def train_where_rank_1_is_told_to_stop(path: Path) -> None:
