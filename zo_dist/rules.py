@@ -113,8 +113,9 @@ class Adam(Rule):
         second = kept[1].mul_(self.beta2).add_(seen * seen * (1.0 - self.beta2))
         if self.amsgrad:
             second = torch.maximum(second, kept[2], out=kept[2])
-        # Not sqrt: eager torch hands that to a vendor library that rounds its own way.
-        root = (second / (1.0 - self.beta2**writes)).pow(0.5).add_(self.eps)
+        # In float64, because torch's square roots in float32 are off by a last place, machine by machine.
+        root = (second / (1.0 - self.beta2**writes)).to(torch.float64).sqrt().to(torch.float32)
+        root = root.add_(self.eps)
         # Where both moments are 0 there is nowhere to go, whatever eps is.
         return torch.where(root == 0.0, 0.0, unbiased / root)
 
