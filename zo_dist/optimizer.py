@@ -14,6 +14,7 @@ from zo_dist.coefficients import Coefficients, Raw
 from zo_dist.engines import select
 from zo_dist.estimators import Estimator, TwoSided
 from zo_dist.lowrank import LowRank, LowRankNoise
+from zo_dist.mask import Mask, SmallWeights
 from zo_dist.noise import Law, Noise
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
 from zo_dist.parts import Shifts
@@ -51,6 +52,7 @@ class ZeroOrder(torch.optim.Optimizer):
     a scratch copy while the module that owns it runs; `shard` shifts the local shards before a
     forward and restores their bytes after it (2 x directions forwards of their rows), for objectives
     and models that read weights outside the module that owns them.
+    `mask`: which weights of a parameter take part, the small ones or, with None, all.
     `rounding` of writes to 16-bit weights: `stochastic`, `kahan` (2 bytes per parameter) or
     `nearest`. `max_skipped`: steps in a row with a non-finite loss before NonFiniteLossError.
     `self_check`: before the first step, verify that every arm moves the loss and that writes reach
@@ -75,6 +77,7 @@ class ZeroOrder(torch.optim.Optimizer):
         perturb: Perturb = "module",
         noise: Law = "rademacher",
         low_rank: LowRank | None = None,
+        mask: SmallWeights | None = None,
         rounding: Rounding = "stochastic",
         seed: int = 0,
         max_skipped: int = 10,
@@ -110,6 +113,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self.scale = scale or Scale()
             self.scale.bind(self.arms)
             self.factors: dict[str, float] = {}
+            self.mask = Mask(mask)
             self.rounding = Rounding16(rounding, self.noise)
             for part in (self.rule, self.rounding):
                 part.begin(self.engine.spans(self.params))
@@ -121,6 +125,7 @@ class ZeroOrder(torch.optim.Optimizer):
             # What the last step wrote: nothing yet.
             self.record = StepRecord(-1, lr)
         self.engine.require_equal("the optimizer's settings", self._settings(lr))
+        self.mask.bind(self.engine, self.params)
         super().__init__([p.param for p in self.params], {"lr": lr})
 
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
@@ -188,7 +193,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self.writes[arm] += 1
         for span in self.engine.spans([p for p, _ in params.values()]):
             param, arm = params[span.name]
-            args = self.rule, self.rounding, self.noise, record.step, record.lr, self.writes[arm]
+            args = self.rule, self.rounding, self.noise, record.step, record.lr, self.writes[arm], self.mask
             factor = self.factors.get(span.name, 1.0)
             update_span(span, param, [(d, coef * factor) for d, coef in terms[arm]], *args)
         self.engine.publish()
@@ -228,7 +233,7 @@ class ZeroOrder(torch.optim.Optimizer):
     def _probes(self, draws: list[Draw], step: int) -> StepProbes:
         drawn = [[p for arm in d.arms for p in self.arms[arm].params] for d in draws]
         perturbation: ModulePerturbation | ShardPerturbation
-        shifts = Shifts(self.noise, step, self.eps, self.factors)
+        shifts = Shifts(self.noise, step, self.eps, self.factors, self.mask)
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
             perturbation = ModulePerturbation(list(union.values()), shifts, self.layers)
@@ -293,7 +298,10 @@ class ZeroOrder(torch.optim.Optimizer):
         kinds = {(p.param.dtype, self.engine.device) for p in self.params}
         kinds |= {(span.flat.dtype, span.flat.device) for span in self.engine.spans(self.params)}
         self.noise.warm_up(
-            kinds, lambda w: use_each_kernel(w, self.rule, self.rounding.mode, self.noise, self.directions)
+            kinds,
+            lambda w: use_each_kernel(
+                w, self.rule, self.rounding.mode, self.noise, self.directions, bool(self.mask.thresholds)
+            ),
         )
         if self.self_check:
             with evaluating(self.engine.module):
@@ -303,7 +311,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """What must be equal on every rank for the ranks to stay one run."""
         settings: dict[str, object] = {"lr": lr, "eps": self.eps, "directions": self.directions}
         settings.update(perturb=self.perturb, noise=self.noise.kind, seed=self.noise.seed)
-        settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
+        settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped, mask=self.mask.kind)
         for part in (self.sampler, self.estimator, self.coefficients, self.rule, self.scale):
             settings[type(part).__name__] = options_of(part)
         settings["parameters"] = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in self.params]
@@ -324,6 +332,7 @@ class ZeroOrder(torch.optim.Optimizer):
             "sampler": self.sampler.state_dict(),
             "coefficients": self.coefficients.state_dict(),
             "scale": self.scale.state_dict(),
+            "mask": self.mask.state_dict(),
         }
 
     @scalars.setter
@@ -331,6 +340,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.sampler.load_state_dict(scalars["sampler"])
         self.coefficients.load_state_dict(scalars["coefficients"])
         self.scale.load_state_dict(scalars["scale"])
+        self.mask.load_state_dict(scalars["mask"])
         self.step_count, self.writes = scalars["step"], list(scalars["writes"])
         self.skipped, self.skipped_in_a_row = scalars["skipped"]
 
