@@ -16,6 +16,7 @@ from torch.func import functional_call
 from workers import HAVE_DEEPSPEED, Pool, digest, needs_deepspeed, whole_weights, wrap
 
 import zo_dist
+from zo_dist.config import load_config
 from zo_dist.engines import select
 from zo_dist.mask import Mask, smallest
 from zo_dist.noise import Noise
@@ -28,6 +29,7 @@ from zo_dist.trajectory import TrajectoryError, TrajectoryWriter
 
 EPS, LR, SEED = 2.0**-6, 2.0**-7, 4
 SHARE = 0.4  # of table.MASKS
+ROOT = Path(__file__).parent.parent
 
 
 def run(steps: int = 6, **options: Any) -> zo_dist.ZeroOrder:
@@ -273,6 +275,14 @@ def test_chunks_and_forms_leave_the_same_bits(
     monkeypatch.setattr("zo_dist.update._CHUNK", 11)
     assert digest(whole_weights(run(**options))) == expected
     assert digest(whole_weights(run(compile=False, **options))) == expected
+
+
+def test_a_config_names_the_share() -> None:
+    path = "configs/sparse_mezo_opt13b_sst2.yaml"
+    assert load_config(ROOT / path).optimizer.mask == zo_dist.SmallWeights(share=0.25)
+    assert load_config(ROOT / path, ["optimizer.mask=null"]).optimizer.mask is None
+    with pytest.raises(ValueError, match=r"optimizer\.mask\.share is 25\.0; it must lie in \(0, 1\]"):
+        load_config(ROOT / path, ["optimizer.mask.share=25"])
 
 
 # What a log and a snapshot rebuild
