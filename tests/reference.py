@@ -30,7 +30,8 @@ class Reference:
 
     `arms`: the parameter names of each arm. `method`: `mezo`, `lezo` or `adalezo`, with its
     `options` (sparsity; ratio, tau, gamma, alpha, clip). `rule`, `shape`: what becomes of an estimate
-    and of slopes, by the names of `move` and `shaped`.
+    and of slopes, by the names of `move` and `shaped`. `share`: how many of each matrix's weights, the
+    smallest when this is made, are trained.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Reference:
         rule: str = "sgd",
         shape: str = "raw",
         options: Mapping[str, float] | None = None,
+        share: float = 1.0,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
         self.noise = table.noise_of(law, seed, model)
@@ -61,6 +63,11 @@ class Reference:
         self.scores = [0.0] * len(arms)  # AdaLeZO's q
         self.lost = {name: torch.zeros_like(p) for name, p in self.weights().items()}
         self.step_number = 0
+        self.highest = dict.fromkeys(self.weights(), math.inf)
+        for name, weight in self.weights().items():
+            if weight.ndim > 1 and share < 1.0:
+                ordered = sorted(abs(w) for w in weight.flatten().tolist())
+                self.highest[name] = ordered[max(1, round(share * len(ordered))) - 1]
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}
@@ -103,7 +110,8 @@ class Reference:
         for name, weight in self.weights().items():
             moved = weight.float()
             if name in names and sign:
-                moved = moved + self.z(name, direction) * torch.tensor(sign * self.eps)
+                z = torch.where(weight.abs() <= self.highest[name], self.z(name, direction), 0.0)
+                moved = moved + z * torch.tensor(sign * self.eps)
             shifted[name].data.copy_(moved)
         out = loss(self.copy, rows)
         sums, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
@@ -139,11 +147,14 @@ class Reference:
         return seen[0] / seen[1]
 
     def write(self, name: str, terms: Sequence[tuple[int, float]]) -> None:
-        weight = self.weights()[name]
+        weight, moments = self.weights()[name], self.moments[name]
+        trained, before = weight.abs() <= self.highest[name], weight.clone()
+        kept = {key: tensor.clone() for key, tensor in moments.tensors().items()}
+        kept["lost"] = self.lost[name].clone()
         estimate = torch.zeros(weight.shape)
         for direction, coef in terms:
             estimate += self.z(name, direction) * torch.tensor(coef)
-        estimate = self.moments[name].move(self.rule, estimate)
+        estimate = moments.move(self.rule, estimate)
         exact = weight.float()
         if self.rounding == "kahan" and weight.dtype != torch.float32:
             exact = exact + self.lost[name].float()
@@ -157,6 +168,9 @@ class Reference:
             self.lost[name].copy_(exact - weight.float())
         else:
             self.noise.round(weight.view(-1), exact.view(-1), name, self.step_number, 0)
+        weight[~trained] = before[~trained]
+        for key, tensor in {**moments.tensors(), "lost": self.lost[name]}.items():
+            tensor[~trained] = kept[key][~trained]
 
 
 class Moments:
@@ -165,6 +179,9 @@ class Moments:
     def __init__(self, shape: torch.Size) -> None:
         self.first, self.second, self.highest = (torch.zeros(shape) for _ in range(3))
         self.writes = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"first": self.first, "second": self.second, "highest": self.highest}
 
     def move(self, rule: str, estimate: Tensor) -> Tensor:
         """What takes the estimate's place; options are those of `table.RULES`."""

@@ -1,4 +1,4 @@
-"""What there is: engines, samplers, estimators, coefficients, rules, laws, roundings.
+"""What there is: engines, samplers, estimators, coefficients, rules, laws, masks, roundings.
 
 Every property runs over these. A new method joins the tests by one more row here.
 """
@@ -65,6 +65,8 @@ NOISES: dict[str, dict[str, Any]] = {
     "lozo": {"noise": "gaussian", "low_rank": zo_dist.LowRank(rank=2, refresh=3)},
     "tezo": {"noise": "rademacher", "low_rank": zo_dist.LowRank(rank=3, fixed=True)},
 }
+# What `mask` is, and the share that the reference trains.
+MASKS: dict[str, zo_dist.SmallWeights | None] = {"all": None, "small": zo_dist.SmallWeights(share=0.4)}
 LAWS = ("rademacher", "gaussian")
 MODES = ("module", "shard")
 DIRECTIONS = (1, 2, 3, 8)
@@ -121,8 +123,9 @@ def noise_of(name: str, seed: int, model: nn.Module) -> Noise:
 
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
-    """A ZeroOrder whose sampler, estimator, coefficients and rule are given by their names here."""
+    """A ZeroOrder whose sampler, estimator, coefficients, rule and mask are given by their names here."""
     options.update(NOISES[options.pop("noise", "rademacher")])
+    options["mask"] = MASKS[options.get("mask", "all")]
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
     if isinstance(options.get("estimator", "two_sided"), str):
         options["estimator"] = ESTIMATORS[options.get("estimator", "two_sided")]()

@@ -244,14 +244,17 @@ COMBINATIONS = table.all_pairs(
     tuple(table.ESTIMATORS),
     tuple(table.NOISES),
     table.DIRECTIONS[:3],
+    tuple(table.MASKS),
 )
 
 
 @pytest.mark.parametrize("row", COMBINATIONS, ids=str)
 def test_replay_gives_the_weights_and_the_state_of_the_run(tmp_path: Path, row: tuple[Any, ...]) -> None:
-    (dtype, rounding), rule, coefficients, sampler, estimator, law, directions = row
+    (dtype, rounding), rule, coefficients, sampler, estimator, law, directions, mask = row
     options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "sampler": sampler, "noise": law}
-    options.update(estimator=estimator, directions=directions, rule=rule, coefficients=coefficients)
+    options.update(
+        estimator=estimator, directions=directions, rule=rule, coefficients=coefficients, mask=mask
+    )
     ran = run_and_log(tmp_path / "log", 20, **options)
     assert ran.skipped == 1
     again = make(**options)
@@ -292,6 +295,7 @@ def test_replay_stops_where_it_is_told(tmp_path: Path) -> None:
         ({"seed": 1}, "seed is 1 here, but was 0"),
         ({"noise": "gaussian"}, "noise is 'gaussian, version"),
         ({"rounding": "kahan"}, "rounding is 'kahan' here, but was 'stochastic'"),
+        ({"mask": "small"}, r"mask is 'SmallWeights\(share=0.4\)' here, but was None"),
         ({"sampler": "uniform"}, "sampler is .*Uniform.* here"),
         ({"dtype": "bfloat16"}, "other names, shapes or dtypes"),
     ],

@@ -6,6 +6,7 @@ from zo_dist.coefficients import Clip, Raw, RootMeanSquare, SignOnly, Standardis
 from zo_dist.engines import DesyncError
 from zo_dist.estimators import OneSided, TwoSided
 from zo_dist.lowrank import LowRank
+from zo_dist.mask import SmallWeights
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
 from zo_dist.rules import SGD, Adam, Momentum, Sign
 from zo_dist.samplers import AdaLeZO, Dense, Uniform
@@ -34,6 +35,7 @@ __all__ = [
     "SelfCheckError",
     "Sign",
     "SignOnly",
+    "SmallWeights",
     "Standardise",
     "StepRecord",
     "TrajectoryError",

@@ -14,6 +14,7 @@ import yaml
 
 from zo_dist.estimators import Estimator, OneSided, TwoSided
 from zo_dist.lowrank import LowRank
+from zo_dist.mask import SmallWeights
 from zo_dist.methods import (
     AnyCoefficients,
     AnyRule,
@@ -136,7 +137,7 @@ class OptimizerConfig:
     """The step: see `zo_dist.ZeroOrder`, which has the same words, and methods.py for the sections.
 
     `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `low_rank`: see `zo_dist.LowRank`; null is
-    noise of full rank.
+    noise of full rank. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter.
     """
 
     lr: float
@@ -151,6 +152,7 @@ class OptimizerConfig:
     perturb: Perturb = "module"
     noise: Law = "rademacher"
     low_rank: LowRank | None = None
+    mask: SmallWeights | None = None
     rounding: Rounding = "stochastic"
     weight_decay: float = 0.0
     seed: int = 0

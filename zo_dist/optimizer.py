@@ -14,6 +14,7 @@ from zo_dist.coefficients import Coefficients, Raw
 from zo_dist.engines import select
 from zo_dist.estimators import Estimator, TwoSided
 from zo_dist.lowrank import LowRank, LowRankNoise
+from zo_dist.mask import Mask, SmallWeights
 from zo_dist.noise import Law, Noise
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
 from zo_dist.parts import Shifts
@@ -49,7 +50,7 @@ class ZeroOrder(torch.optim.Optimizer):
     `requires_grad=False` are left alone. `lr`, `eps`: above 0 (`lr` may be 0), as in MeZO.
     `directions`: how many are tested per step, over all ranks. `sampler`: which arms each of them draws;
     `estimator`, `coefficients`, `rule`: from losses to slopes, to what counts of them, to the move of the
-    weights; `noise`, `low_rank`, `scale`: the directions themselves (`docs/methods.md` has all of them).
+    weights; `noise`, `low_rank`, `scale`, `mask`: the directions themselves (docs/methods.md has them all).
     `perturb`: `module` shifts a weight in a scratch copy while the module that owns it runs; `shard` shifts
     the local shards before a forward and restores their bytes after it (2 x directions forwards of
     their rows), for objectives and models that read weights outside the module that owns them.
@@ -77,6 +78,7 @@ class ZeroOrder(torch.optim.Optimizer):
         perturb: Perturb = "module",
         noise: Law = "rademacher",
         low_rank: LowRank | None = None,
+        mask: SmallWeights | None = None,
         rounding: Rounding = "stochastic",
         seed: int = 0,
         max_skipped: int = 10,
@@ -112,6 +114,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self.scale = scale or Scale()
             self.scale.bind(self.arms)
             self.factors: dict[str, float] = {}
+            self.mask = Mask(mask)
             self.rounding = Rounding16(rounding, self.noise)
             for part in (self.rule, self.rounding):
                 part.begin(self.engine.spans(self.params))
@@ -123,6 +126,7 @@ class ZeroOrder(torch.optim.Optimizer):
             # What the last step wrote: nothing yet.
             self.record = StepRecord(-1, lr)
         self.engine.require_equal("the optimizer's settings", self._settings(lr))
+        self.mask.bind(self.engine, self.params)
         super().__init__([p.param for p in self.params], {"lr": lr})
 
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
@@ -190,7 +194,7 @@ class ZeroOrder(torch.optim.Optimizer):
             self.writes[arm] += 1
         for span in self.engine.spans([p for p, _ in params.values()]):
             param, arm = params[span.name]
-            args = self.rule, self.rounding, self.noise, record.step, record.lr, self.writes[arm]
+            args = self.rule, self.rounding, self.noise, record.step, record.lr, self.writes[arm], self.mask
             factor = self.factors.get(span.name, 1.0)
             update_span(span, param, [(d, coef * factor) for d, coef in terms[arm]], *args)
         self.engine.publish()
@@ -230,7 +234,7 @@ class ZeroOrder(torch.optim.Optimizer):
     def _probes(self, draws: list[Draw], step: int) -> StepProbes:
         drawn = [[p for arm in d.arms for p in self.arms[arm].params] for d in draws]
         perturbation: ModulePerturbation | ShardPerturbation
-        shifts = Shifts(self.noise, step, self.eps, self.factors)
+        shifts = Shifts(self.noise, step, self.eps, self.factors, self.mask)
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
             perturbation = ModulePerturbation(list(union.values()), shifts, self.layers)
@@ -272,7 +276,10 @@ class ZeroOrder(torch.optim.Optimizer):
         kinds = {(p.param.dtype, self.engine.device) for p in self.params}
         kinds |= {(span.flat.dtype, span.flat.device) for span in self.engine.spans(self.params)}
         self.noise.warm_up(
-            kinds, lambda w: use_each_kernel(w, self.rule, self.rounding.mode, self.noise, self.directions)
+            kinds,
+            lambda w: use_each_kernel(
+                w, self.rule, self.rounding.mode, self.noise, self.directions, bool(self.mask.thresholds)
+            ),
         )
         if self.self_check:
             with evaluating(self.engine.module):
@@ -282,7 +289,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """What must be equal on every rank for the ranks to stay one run."""
         settings: dict[str, object] = {"lr": lr, "eps": self.eps, "directions": self.directions}
         settings.update(perturb=self.perturb, noise=self.noise.kind, seed=self.noise.seed)
-        settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
+        settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped, mask=self.mask.kind)
         for part in (self.sampler, self.estimator, self.coefficients, self.rule, self.scale):
             settings[type(part).__name__] = options_of(part)
         settings["parameters"] = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in self.params]
@@ -303,6 +310,7 @@ class ZeroOrder(torch.optim.Optimizer):
             "sampler": self.sampler.state_dict(),
             "coefficients": self.coefficients.state_dict(),
             "scale": self.scale.state_dict(),
+            "mask": self.mask.state_dict(),
         }
 
     @scalars.setter
@@ -310,6 +318,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.sampler.load_state_dict(scalars["sampler"])
         self.coefficients.load_state_dict(scalars["coefficients"])
         self.scale.load_state_dict(scalars["scale"])
+        self.mask.load_state_dict(scalars["mask"])
         self.step_count, self.writes = scalars["step"], list(scalars["writes"])
         self.skipped, self.skipped_in_a_row = scalars["skipped"]
 

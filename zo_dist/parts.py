@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_dist.kernels import EAGER_CHUNK
+from zo_dist.mask import Mask
 from zo_dist.noise import Noise
 
 # An embedding of at least so many rows for each token is shifted where it is looked up.
@@ -38,13 +40,15 @@ class Probe:
 class Shifts:
     """Weights at the probes of one step.
 
-    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`.
+    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`. What `mask` leaves
+    out is as it was.
     """
 
     noise: Noise
     step: int
     eps: float
     factors: Mapping[str, float] = field(default_factory=dict)
+    mask: Mask = field(default_factory=Mask)
 
     def copies(
         self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
@@ -52,6 +56,7 @@ class Shifts:
         """For each of one direction's probes, `flat` shifted; it begins at element `offset` of `name`."""
         scales = [self.size(name, probe) for probe in probes]
         self.noise.shift(outs, flat, name, self.step, probes[0].direction, offset, scales)
+        self.mask.put_back(outs, flat, name)
 
     def size(self, name: str, probe: Probe) -> float:
         """What the noise of a parameter is multiplied by."""
@@ -104,7 +109,12 @@ def looks_up_few(owner: nn.Module, ids: Tensor) -> bool:
 def looked_up(shifts: Shifts, table: Tensor, name: str, probe: Probe, ids: Tensor) -> Tensor:
     """What an nn.Embedding returns: the rows that are looked up are shifted, and no others."""
     size = shifts.size(name, probe)
-    rows = shifts.noise.shift_rows(table, ids.reshape(-1), name, shifts.step, probe.direction, size)
+    flat_ids = ids.reshape(-1)
+    rows = shifts.noise.shift_rows(table, flat_ids, name, shifts.step, probe.direction, size)
+    if shifts.mask.cuts(name):
+        few = max(1, EAGER_CHUNK // table.shape[1])
+        for some, shifted in zip(torch.split(flat_ids, few), torch.split(rows, few), strict=True):
+            shifts.mask.put_back([shifted.view(-1)], table[some].view(-1), name)
     return rows.view(*ids.shape, -1)
 
 

@@ -163,7 +163,8 @@ class ModulePerturbation:
         """`_split` for torch's own linear layer: the products of drawn probes land where they belong."""
         assert isinstance(owner, nn.Linear)
         owned = {place.attribute: param.name for place, param in self._owned[owner]}
-        if self._shifts.noise.has_sides(owned.get("weight", "")):
+        weight = owned.get("weight", "")
+        if self._shifts.noise.has_sides(weight) and not self._shifts.mask.cuts(weight):
             drawn = [[(self._live[i][0], rows[i]) for i in sides] for sides in groups]
             return corrected(self._shifts, owned, x, forward(x), drawn)
         out = x.new_empty(*x.shape[:-1], owner.out_features)

@@ -34,6 +34,7 @@ def identity(optimizer: ZeroOrder) -> dict[str, Any]:
         "rule": [type(rule).__name__, options_of(rule)],
         "coefficients": [type(coefficients).__name__, options_of(coefficients)],
         "scale": [type(scale).__name__, options_of(scale)],
+        "mask": optimizer.mask.kind,
         "weights": weights_digest(optimizer, optimizer.params),
         "frozen": weights_digest(optimizer, frozen_params(engine.module, engine.shape_of)),
     }

@@ -86,6 +86,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         perturb=settings.perturb,
         noise=settings.noise,
         low_rank=settings.low_rank,
+        mask=settings.mask,
         rounding=settings.rounding,
         seed=settings.seed,
         max_skipped=settings.max_skipped,

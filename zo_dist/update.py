@@ -1,7 +1,8 @@
 """The write: one read and one write of each weight, for all directions, with one rounding.
 
 A chunk at a time, the noise of every direction is added up in float32 while the chunk is in cache, the
-rule makes a move of the sum, and the new weights are rounded. SGD has this fused into one kernel.
+rule makes a move of the sum, and the new weights are rounded. SGD has this fused into one kernel,
+but not where a mask leaves some weights out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist import native
+from zo_dist.mask import Mask
 from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise
 from zo_dist.params import Param, Span
 from zo_dist.rounding import Rounding, Rounding16
@@ -32,15 +34,19 @@ def update_span(
     step: int,
     lr: float,
     writes: int,
+    mask: Mask | None = None,
 ) -> None:
     """Apply all directions to one span: one read and one write of each weight.
 
     `terms` are `(direction, coefficient)`, the coefficients already weighted and averaged; they are
     added up in float32 in the order given, so the result does not depend on how weights are cut.
-    `writes`: as of `Rule.move`.
+    `writes`: as of `Rule.move`. What `mask` leaves out stays as it is, with all that is kept beside it.
     """
+    mask = mask or Mask()
+    # The fused forms know no mask.
+    fused = type(rule) is SGD and not mask.cuts(span.name)
     remaining = rule.remaining(lr, param.shape)
-    if type(rule) is SGD and noise.writes_natively(span.flat, span.name):
+    if fused and noise.writes_natively(span.flat, span.name):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
         lost = rounding.lost_of(span.name, 0, span.flat.numel())
         drawn = bits if rounding.mode == "stochastic" else None
@@ -54,13 +60,14 @@ def update_span(
         exact = rounding.scratch(flat)
         lost = rounding.lost_of(span.name, start, flat.numel())
         inputs = (flat,) if lost is None else (flat, lost)
-        if type(rule) is SGD:
-            noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, (scalars,))
-        else:
-            noise.accumulate(exact.zero_(), span.name, step, terms, offset)
-            kept = [rule.kept[key][span.name][start : start + chunk] for key in rule.keeps]
-            exact.copy_(_new_weights(rule.move(exact, kept, writes), scalars, *inputs))
-        rounding.write(flat, exact, lost, span.name, step, offset)
+        kept = [rule.kept[key][span.name][start : start + chunk] for key in rule.keeps]
+        with mask.kept(flat, [*inputs[1:], *kept], span.name):
+            if fused:
+                noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, (scalars,))
+            else:
+                noise.accumulate(exact.zero_(), span.name, step, terms, offset)
+                exact.copy_(_new_weights(rule.move(exact, kept, writes), scalars, *inputs))
+            rounding.write(flat, exact, lost, span.name, step, offset)
 
 
 def _new_weights(move: Tensor, scalars: Tensor, flat: Tensor, lost: Tensor | None = None) -> Tensor:
@@ -72,8 +79,13 @@ def _new_weights(move: Tensor, scalars: Tensor, flat: Tensor, lost: Tensor | Non
     return weight * scalars[0] - move * scalars[1]
 
 
-def use_each_kernel(weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int) -> None:
-    """Shift and update flat scratch `weights` in each way that a run will, so that all is compiled."""
+def use_each_kernel(
+    weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int, masked: bool = False
+) -> None:
+    """Shift and update flat scratch `weights` in each way that a run will, so that all is compiled.
+
+    `masked`: a mask cuts some of the run's parameters.
+    """
     outs = [torch.empty_like(weights), torch.empty_like(weights)]
     noise.shift(outs, weights, "", 0, 0, 0, [0.0, 0.0])
     noise.shift(outs[:1], weights, "", 0, 0, 0, [0.0])
@@ -88,7 +100,8 @@ def use_each_kernel(weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, d
             # What other rules keep is not for scratch, and their moves are not compiled.
             if type(rule) is SGD:
                 update_span(span, param, terms, rule, rounding, noise, step=0, lr=0.0, writes=1)
-                continue
+                if not masked:
+                    continue
             exact = rounding.scratch(weights)
             noise.accumulate(exact.zero_(), "", 0, terms, 0)
             rounding.write(weights, exact, None, "", 0, 0)

@@ -52,10 +52,10 @@ ARMS = {
     ),
 }
 
-# One row per run: (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule. Of
-# all combinations of these and of (engine, ranks), each pair of values of different columns is in one
-# of the runs.
-Combo = tuple[tuple[str, str], int, str, str, str, str, str, str]
+# One row per run: (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule, mask.
+# Of all combinations of these and of (engine, ranks), each pair of values of different columns is in
+# one of the runs.
+Combo = tuple[tuple[str, str], int, str, str, str, str, str, str, str]
 PLACES = tuple((engine, ranks) for engine in table.MAIN_ENGINES for ranks in table.RANKS)
 RUNS = table.all_pairs(
     PLACES,
@@ -67,13 +67,14 @@ RUNS = table.all_pairs(
     tuple(table.ESTIMATORS),
     tuple(table.COEFFICIENTS),
     tuple(table.RULES),
+    tuple(table.MASKS),
 )
 # For engines that share their code with a main one: each direction count, mode and dtype once.
 FEW: list[Combo] = [
-    (("float32", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd"),
-    (("bfloat16", "kahan"), 8, "uniform", "module", "gaussian", "one_sided", "fzoo", "adam"),
-    (("float16", "stochastic"), 2, "dense", "shard", "rademacher", "two_sided", "raw", "momentum"),
-    (("bfloat16", "stochastic"), 1, "adalezo", "shard", "lozo", "two_sided", "rms", "sgd"),
+    (("float32", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all"),
+    (("bfloat16", "kahan"), 8, "uniform", "module", "gaussian", "one_sided", "fzoo", "adam", "small"),
+    (("float16", "stochastic"), 2, "dense", "shard", "rademacher", "two_sided", "raw", "momentum", "all"),
+    (("bfloat16", "stochastic"), 1, "adalezo", "shard", "lozo", "two_sided", "rms", "sgd", "small"),
 ]
 
 
@@ -84,7 +85,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
     """
     import torch.distributed as dist
 
-    (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule = combo
+    (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule, mask = combo
     share = SHARES[dist.get_world_size()]
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
     mine = [cut(batch, a, b) for a, b in share[dist.get_rank()]]
@@ -99,6 +100,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         directions=directions,
         perturb=mode,
         noise=noise,
+        mask=mask,
         rounding=rounding,
         **options,
     )
@@ -119,7 +121,8 @@ def weights_of_reference(
     kind: str, combo: Combo, given: bool, weight_decay: float = 0.0
 ) -> tuple[dict[str, Any], list[float]]:
     """What `final_weights` should be, and the loss of each step."""
-    (dtype, rounding), directions, sampler, _, noise, estimator, shape, rule = combo
+    (dtype, rounding), directions, sampler, _, noise, estimator, shape, rule, mask = combo
+    small = table.MASKS[mask]
     method, options = table.REFERENCE[sampler]
     reference = Reference(
         build(kind, table.dtype_of(dtype)),
@@ -135,6 +138,7 @@ def weights_of_reference(
         rule=rule,
         shape=shape,
         options=options,
+        share=1.0 if small is None else small.share,
     )
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
     loss = Injected("reference", directions) if given else loss_of
@@ -191,7 +195,7 @@ def test_given_losses_leave_the_same_bits_on_a_language_model(
 def test_the_bits_do_depend_on_what_they_should() -> None:
     """A digest of nothing, or losses that do not reach the weights, would make all above pass."""
     base: Combo = (
-        ("bfloat16", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd"
+        ("bfloat16", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all"
     )  # fmt: skip
     others: list[Combo] = [
         (("bfloat16", "kahan"), *base[1:]),
@@ -200,11 +204,12 @@ def test_the_bits_do_depend_on_what_they_should() -> None:
         (*base[:2], "dense", *base[3:]),
         *((*base[:4], noise, *base[5:]) for noise in table.NOISES if noise != "rademacher"),
         (*base[:5], "one_sided", *base[6:]),
-        *((*base[:6], shape, "sgd") for shape in table.COEFFICIENTS if shape != "raw"),
-        *((*base[:7], rule) for rule in table.RULES if rule != "sgd"),
+        *((*base[:6], shape, *base[7:]) for shape in table.COEFFICIENTS if shape != "raw"),
+        *((*base[:7], rule, base[8]) for rule in table.RULES if rule != "sgd"),
+        (*base[:8], "small"),
     ]
     start = digest(dict(build("sequential", torch.bfloat16).named_parameters()))
-    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 20
+    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 21
 
 
 # End to end: the losses are the model's own.
@@ -235,15 +240,25 @@ GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0}
     [*PLACES, *((engine, 2) for engine in ("fsdp2_offload", "zero3_init", "zero2")), ("hsdp_2x2", 4)],
 )
 @pytest.mark.parametrize(
-    ("sampler", "directions", "mode"),
-    [("dense", 1, "module"), ("adalezo", 3, "module"), ("uniform", 2, "shard")],
+    ("sampler", "directions", "mode", "mask"),
+    [
+        ("dense", 1, "module", "all"),
+        ("adalezo", 3, "module", "all"),
+        ("uniform", 2, "shard", "small"),
+    ],
 )
 def test_own_losses_give_the_trajectory_of_the_reference(
-    pool: Callable[[int], Pool], engine: str, num_ranks: int, sampler: str, directions: int, mode: str
+    pool: Callable[[int], Pool],
+    engine: str,
+    num_ranks: int,
+    sampler: str,
+    directions: int,
+    mode: str,
+    mask: str,
 ) -> None:
     _skip_without_deepspeed(engine)
     combo: Combo = (
-        ("float32", "stochastic"), directions, sampler, mode, "rademacher", "two_sided", "raw", "sgd"
+        ("float32", "stochastic"), directions, sampler, mode, "rademacher", "two_sided", "raw", "sgd", mask
     )  # fmt: skip
     results = pool(num_ranks).run(trajectory_on_rank, engine, "llama", combo)
     assert len({r["digest"] for r in results}) == 1
