@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -93,23 +94,24 @@ def all_pairs(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     the row is what covers most pairs not yet seen.
     """
     missing = {
-        (i, a, j, b)
-        for (i, left), (j, right) in itertools.combinations(enumerate(axes), 2)
-        for a in left
-        for b in right
+        (i, j): np.ones((len(axes[i]), len(axes[j])), dtype=bool)
+        for i, j in itertools.combinations(range(len(axes)), 2)
     }
-
-    def pairs(row: tuple[Any, ...]) -> set[tuple[Any, ...]]:
-        return {(i, a, j, b) for (i, a), (j, b) in itertools.combinations(enumerate(row), 2)}
-
     rows = []
-    while missing:
-        for a, b in itertools.product(*axes[:2]):
-            candidates = itertools.product((a,), (b,), *axes[2:])
-            best = max(candidates, key=lambda row: len(pairs(row) & missing))
-            if pairs(best) & missing:
-                missing -= pairs(best)
-                rows.append(best)
+    while any(pairs.any() for pairs in missing.values()):
+        for a, b in itertools.product(range(len(axes[0])), range(len(axes[1]))):
+            # For every candidate, by the places of its values, how many pairs it is the first to have.
+            total: Any = 0
+            for (i, j), pairs in missing.items():
+                left = {0: slice(a, a + 1), 1: slice(b, b + 1)}.get(i, slice(None))
+                some = pairs[left, b : b + 1] if j == 1 else pairs[left]
+                sizes = {i: some.shape[0], j: some.shape[1]}
+                total = total + some.reshape([sizes.get(k, 1) for k in range(len(axes))]).astype(int)
+            if total.any():
+                places = (a, b, *np.unravel_index(total.argmax(), total.shape)[2:])
+                for (i, j), pairs in missing.items():
+                    pairs[places[i], places[j]] = False
+                rows.append(tuple(axis[place] for axis, place in zip(axes, places, strict=True)))
     return rows
 
 
