@@ -126,7 +126,9 @@ def noise_of(name: str, seed: int, model: nn.Module) -> Noise:
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
     """A ZeroOrder whose sampler, estimator, coefficients, rule and mask are given by their names here."""
-    options.update(NOISES[options.pop("noise", "rademacher")])
+    noise = options.pop("noise", "rademacher")
+    # What is no name here is ZeroOrder's to refuse.
+    options.update(NOISES.get(noise, {"noise": noise}))
     options["mask"] = MASKS[options.get("mask", "all")]
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
     if isinstance(options.get("estimator", "two_sided"), str):
