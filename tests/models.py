@@ -110,3 +110,22 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor
 
 def cut(batch: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     return {key: value[start:stop] for key, value in batch.items()}
+
+
+def losses_by_mode(kind: str, **options: Any) -> dict[str, Tensor]:
+    """What the loss function saw in one step over 4 rows, in each perturb mode, in its order."""
+    import table
+
+    losses = {}
+    for mode in table.MODES:
+        seen: list[Tensor] = []
+
+        def loss(model: nn.Module, batch: Any, seen: list[Tensor] = seen) -> Any:
+            out = loss_of(model, batch)
+            seen.append((out[0] if isinstance(out, tuple) else out).clone())
+            return out
+
+        optimizer = table.optimizer(build(kind), perturb=mode, lr=0.0, self_check=False, **options)
+        optimizer.step_batch(rows_for(kind, 4), loss)
+        losses[mode] = torch.cat(seen)
+    return losses

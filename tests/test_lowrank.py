@@ -6,9 +6,8 @@ import itertools
 from typing import Any
 
 import pytest
-import table
 import torch
-from models import KINDS, build, loss_of, rows_for
+from models import KINDS, losses_by_mode
 from torch import Tensor, nn
 
 import zo_dist
@@ -140,21 +139,7 @@ def test_a_step_moves_a_matrix_within_the_rank() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_thin_products_have_the_losses_of_shifted_weights(kind: str, sampler: str, name: str) -> None:
     """Stacked, where linear layers are not shifted, against shards that are."""
-    losses = {}
-    for mode in table.MODES:
-        seen: list[Tensor] = []
-
-        def loss(model: nn.Module, batch: Any, seen: list[Tensor] = seen) -> Any:
-            out = loss_of(model, batch)
-            seen.append((out[0] if isinstance(out, tuple) else out).clone())
-            return out
-
-        optimizer = table.optimizer(
-            build(kind), noise=name, sampler=sampler, perturb=mode, directions=2, lr=0.0, eps=2.0**-5,
-            self_check=False,
-        )  # fmt: skip
-        optimizer.step_batch(rows_for(kind, 4), loss)
-        losses[mode] = torch.cat(seen)
+    losses = losses_by_mode(kind, noise=name, sampler=sampler, directions=2, eps=2.0**-5)
     assert len(set(losses["module"].tolist())) == 8
     # A few dozen roundings in sequence on a loss of this size, as in test_perturb.py.
     tolerance = 64 * 2.0**-23 * float(losses["shard"].max())

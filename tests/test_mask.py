@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import table
 import torch
-from models import build, loss_of, rows_for
+from models import build, loss_of, losses_by_mode, rows_for
 from torch import Tensor, nn
 from torch.func import functional_call
 from workers import HAVE_DEEPSPEED, Pool, digest, needs_deepspeed, whole_weights, wrap
@@ -363,21 +363,7 @@ def test_a_snapshot_goes_on_with_the_same_bits_on_every_engine(
 
 def test_thin_products_are_not_used_where_weights_are_left_out() -> None:
     """They would shift every weight; the losses are those of shards, which are shifted one by one."""
-    losses = {}
-    for mode in table.MODES:
-        seen: list[Tensor] = []
-
-        def loss(model: nn.Module, batch: Any, seen: list[Tensor] = seen) -> Any:
-            out = loss_of(model, batch)
-            seen.append((out[0] if isinstance(out, tuple) else out).clone())
-            return out
-
-        optimizer = table.optimizer(
-            build("sequential"), noise="lozo", perturb=mode, mask="small", lr=0.0,
-            eps=2.0**-3, self_check=False,
-        )  # fmt: skip
-        optimizer.step_batch(rows_for("sequential", 4), loss)
-        losses[mode] = torch.cat(seen)
+    losses = losses_by_mode("sequential", noise="lozo", mask="small", eps=2.0**-3)
     # A few dozen roundings in sequence on a loss of this size, as in test_perturb.py.
     tolerance = 64 * 2.0**-23 * float(losses["shard"].max())
     torch.testing.assert_close(losses["module"], losses["shard"], rtol=0, atol=tolerance)

@@ -77,7 +77,10 @@ def learn_scale(
     forwards and two backwards; memory for a gradient and three copies of the weights (the start, momentum,
     and what they are while shifted).
     """
-    _require_whole_float32(engine, params)
+    require_one_process(engine)
+    other = next((p for p in params if p.param.dtype != torch.float32), None)
+    if other:
+        raise ValueError(f"{other.name} is {other.param.dtype}; a scale is learnt in float32")
     nets, noise = new_nets(len(params), seed), Noise("rademacher", seed, compile=True)
     of_nets = torch.optim.SGD(nets.parameters(), learning.lr_nets)
     step = _Step(engine, params, noise, eps, learning, row_loss)
@@ -98,7 +101,6 @@ def learn_scale(
                 loss = step.judge(nets, number, batch)
                 of_nets.step()
                 of_model.param_groups[0]["lr"] = learning.lr_model * (1 - number % per_restart / per_restart)
-                of_model.zero_grad()
                 row_loss_mean(row_loss, engine, batch).backward()  # type: ignore[no-untyped-call]
                 of_model.step()
                 of_model.zero_grad()
@@ -189,9 +191,6 @@ def _restore(params: Sequence[Param], start: Sequence[Tensor]) -> None:
             param.param.copy_(weight)
 
 
-def _require_whole_float32(engine: Engine, params: Sequence[Param]) -> None:
+def require_one_process(engine: Engine) -> None:
     if engine.num_ranks > 1:
         raise ValueError(f"a scale is learnt by one process that holds the model, not by {engine.num_ranks}")
-    other = [p.name for p in params if p.param.dtype != torch.float32]
-    if other:
-        raise ValueError(f"{other[0]} is {next(iter(params)).param.dtype}; a scale is learnt in float32")

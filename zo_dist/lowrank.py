@@ -8,7 +8,7 @@ LOZO (arXiv 2410.07698): `left` is new in every step and direction, `right` ever
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +68,6 @@ class LowRankNoise(Noise):
     @property
     def kind(self) -> str:
         return f"{super().kind} in {self._rank}"
-
-    def writes_natively(self, flat: Tensor, name: str) -> bool:
-        return name not in self._columns and super().writes_natively(flat, name)
 
     def has_sides(self, name: str) -> bool:
         return name in self._columns
@@ -160,20 +157,3 @@ class LowRankNoise(Noise):
         for direction, scale in terms:
             for piece, z in self._pieces(name, step, direction, offset, out.numel(), out.device):
                 out[piece] += z * scale
-
-    def combine(
-        self,
-        out: Tensor,
-        inputs: Sequence[Tensor],
-        name: str,
-        step: int,
-        terms: Sequence[tuple[int, float]],
-        offset: int,
-        function: Callable[..., Tensor],
-        options: tuple[object, ...],
-    ) -> None:
-        if name not in self._columns:
-            super().combine(out, inputs, name, step, terms, offset, function, options)
-            return
-        self.accumulate(out.zero_(), name, step, terms, offset)
-        out.copy_(function(out, *options, *inputs))

@@ -158,17 +158,11 @@ def _counts(
     engine: Engine, params: Sequence[Param], found: Mapping[str, int], shift: int
 ) -> dict[str, list[int]]:
     """How many elements of each whole weight, beginning as was `found`, have each digit at `shift` next."""
-    mine = torch.zeros(len(params), _COUNTS, dtype=torch.float64)
-    row = {param.name: i for i, param in enumerate(params)}
+    mine: dict[str, Tensor] = {}
     for span in engine.spans(params):
+        counts = mine[span.name] = torch.zeros(_COUNTS, dtype=torch.float64)
         for piece in torch.split(span.flat, _CHUNK):
             bits = piece.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
             digits = bits[bits >> shift >> _DIGIT == found[span.name]] >> shift & (_COUNTS - 1)
-            mine[row[span.name]] += torch.bincount(digits, minlength=_COUNTS).cpu()
-    everyone = engine.exchange(mine).to(torch.int64).view(engine.num_ranks, len(params), _COUNTS)
-    counts = {}
-    for name, holders in engine.holders(params).items():
-        # A piece that several ranks hold counts once.
-        pieces = {offset: everyone[rank, row[name]] for rank, offset, _ in holders}.values()
-        counts[name] = sum(pieces, torch.zeros(_COUNTS, dtype=torch.int64)).tolist()
-    return counts
+            counts += torch.bincount(digits, minlength=_COUNTS).cpu()
+    return engine.add_up(params, mine, _COUNTS)

@@ -177,10 +177,6 @@ class Noise:
         """These, `[rows, rank]` and `[rank, columns]`, in float32."""
         raise TypeError(f"{type(self).__name__} has no sides")
 
-    def writes_natively(self, flat: Tensor, name: str) -> bool:
-        """Does native.cpp serve for the whole write of this parameter?"""
-        return self.in_native(flat)
-
     def values(self, name: str, step: int, direction: int, offset: int, numel: int) -> Tensor:
         """float32 `[numel]` on the CPU: z itself, for tests and for looking."""
         out = torch.zeros(numel)

@@ -22,7 +22,7 @@ from zo_dist.data import RunData, load_data
 from zo_dist.engines import Engine, on_each_node_first, select
 from zo_dist.evaluate import Score
 from zo_dist.files import naming
-from zo_dist.learn_scale import Learning, learn_scale
+from zo_dist.learn_scale import Learning, learn_scale, require_one_process
 from zo_dist.loop import ROW_LOSSES, Loop, build_batches, score
 from zo_dist.models import load_model, load_tokenizer, longest_input
 from zo_dist.optimizer import ZeroOrder
@@ -214,8 +214,7 @@ def run_replay(
 
 def run_learning(config: Config, learning: Learning, out: Path, ranks: Engine) -> dict[str, Any]:
     """Learn a scale on the config's model and training rows, in float32, and write it to `out`."""
-    if ranks.num_ranks > 1:
-        raise ValueError(f"a scale is learnt by one process that holds the model, not by {ranks.num_ranks}")
+    require_one_process(ranks)
     model = dataclasses.replace(config.model, dtype="float32")
     whole = dataclasses.replace(config.train, micro_rows=None)
     config = dataclasses.replace(config, model=model, engine=EngineConfig(), train=whole)

@@ -43,10 +43,10 @@ def update_span(
     `writes`: as of `Rule.move`. What `mask` leaves out stays as it is, with all that is kept beside it.
     """
     mask = mask or Mask()
-    # The fused forms know no mask.
-    fused = type(rule) is SGD and not mask.cuts(span.name)
+    # The fused forms know no mask, and no noise that is a product of two sides.
+    fused = type(rule) is SGD and not mask.cuts(span.name) and not noise.has_sides(span.name)
     remaining = rule.remaining(lr, param.shape)
-    if fused and noise.writes_natively(span.flat, span.name):
+    if fused and noise.in_native(span.flat):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
         lost = rounding.lost_of(span.name, 0, span.flat.numel())
         drawn = bits if rounding.mode == "stochastic" else None

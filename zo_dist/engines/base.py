@@ -123,6 +123,25 @@ class Engine:
             whole[name] = sum(next(iter(copies.values())) for copies in pieces.values()) & (1 << 64) - 1
         return whole
 
+    def add_up(
+        self, params: Sequence[Param], numbers: Mapping[str, Sequence[float] | Tensor], width: int
+    ) -> dict[str, list[int]]:
+        """Whole numbers of the pieces that ranks hold, `width` for each weight, added up to the whole's.
+
+        `numbers`: those of this rank's pieces, by name. A piece that several ranks hold counts once. A
+        collective of 8 `width` bytes per parameter and rank, and `holders`.
+        """
+        mine = torch.zeros(len(params), width, dtype=torch.float64)
+        for i, param in enumerate(params):
+            if param.name in numbers:
+                mine[i] = torch.as_tensor(numbers[param.name], dtype=torch.float64)
+        everyone = self.exchange(mine).to(torch.int64).view(self.num_ranks, len(params), width)
+        totals = {}
+        for i, (name, holders) in enumerate(self.holders(params).items()):
+            ranks = list({offset: rank for rank, offset, _ in holders}.values())
+            totals[name] = everyone[ranks, i].sum(0).tolist()
+        return totals
+
     def moments(self, params: Sequence[Param]) -> dict[str, tuple[float, float]]:
         """Mean and variance of each whole weight, the same bits for any number of ranks and sharding.
 
@@ -130,14 +149,13 @@ class Engine:
         weights. Accurate to about 2**-24 and 2**-32.
         """
         sums = {span.name: moment_sums(span.flat) for span in self.spans(params)}
-        mine = [float(x) for p in params for s in sums.get(p.name, (0, 0)) for x in divmod(s, 1 << 32)]
-        everyone = self.exchange(mine).to(torch.int64).view(self.num_ranks, -1, 4).tolist()
-        found = {}
-        for i, (param, holders) in enumerate(zip(params, self.holders(params).values(), strict=True)):
-            # A piece that several ranks hold counts once.
-            pieces = {offset: everyone[rank][i] for rank, offset, _ in holders}.values()
-            mean = sum(high << 32 | low for high, low, _, _ in pieces) / (param.numel << 24)
-            square = sum(high << 32 | low for _, _, high, low in pieces) / (param.numel << 32)
+        # In halves, which are exact in a float64.
+        halves = {name: [x for s in both for x in divmod(s, 1 << 32)] for name, both in sums.items()}
+        totals, found = self.add_up(params, halves, 4), {}
+        for param in params:
+            high, low, high_square, low_square = totals[param.name]
+            mean = ((high << 32) + low) / (param.numel << 24)
+            square = ((high_square << 32) + low_square) / (param.numel << 32)
             found[param.name] = mean, max(0.0, square - mean * mean)
         return found
 
