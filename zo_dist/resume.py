@@ -26,7 +26,7 @@ from zo_dist.engines import Engine
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.replay import identity, replay
 from zo_dist.runlog import METRICS, read_metrics
-from zo_dist.snapshot import check_file, read_manifest, remove_snapshot, snapshots_in
+from zo_dist.snapshot import check_file, read_manifest, remove_snapshot, remove_unfinished, snapshots_in
 from zo_dist.tasks import EncodedRow
 from zo_dist.trajectory import StepRecord, TrajectoryReader, TrajectoryWriter
 
@@ -199,6 +199,7 @@ def go_on(earlier: Earlier, optimizer: ZeroOrder, config: Config) -> Iterator[Ap
     log.info("replayed from %s in %.1f s", earlier.snapshot or "the start", time.perf_counter() - start)
 
     def reopen() -> TrajectoryWriter:
+        remove_unfinished(path.with_name(SNAPSHOTS))
         # Of steps that the log lacks, as after a machine failed: others may follow in their place.
         for snapshot in snapshots_in(path.with_name(SNAPSHOTS)):
             if read_manifest(snapshot)["step"] > earlier.steps:

@@ -55,9 +55,7 @@ class PendingSnapshot:
         digest, holders = weights_digest(optimizer, optimizer.params), engine.holders(optimizer.params)
         with engine.jointly():
             if engine.rank == 0:
-                # What an earlier process was killed over.
-                for left in self._folder.glob(".step-*"):
-                    shutil.rmtree(left)
+                remove_unfinished(self._folder)
                 self._partial.mkdir(parents=True)
         record = optimizer.record.pack(len(optimizer.arms)) if optimizer.step_count else None
         self._manifest = {
@@ -161,6 +159,12 @@ def remove_snapshot(path: Path) -> None:
         hidden = path.with_name(f".{path.name}.removed")
         path.replace(hidden)
         shutil.rmtree(hidden)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what an earlier process was killed over: a snapshot half written, or half removed."""
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left)
 
 
 def snapshots_in(folder: Path) -> list[Path]:
