@@ -295,7 +295,7 @@ def test_replay_stops_where_it_is_told(tmp_path: Path) -> None:
         ({"seed": 1}, "seed is 1 here, but was 0"),
         ({"noise": "gaussian"}, "noise is 'gaussian, version"),
         ({"rounding": "kahan"}, "rounding is 'kahan' here, but was 'stochastic'"),
-        ({"mask": "small"}, r"mask is 'SmallWeights\(share=0.4\)' here, but was None"),
+        ({"mask": "small"}, r"mask is \['Mask', {'share': 0.4}\] here, but was \['Mask', {'share': 1.0}\]"),
         ({"sampler": "uniform"}, "sampler is .*Uniform.* here"),
         ({"dtype": "bfloat16"}, "other names, shapes or dtypes"),
     ],

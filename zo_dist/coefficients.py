@@ -10,8 +10,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from zo_dist.part import Part
 
-class Coefficients:
+
+class Coefficients(Part):
     """What all forms share; in this one, `Raw`, coefficients are the slopes.
 
     `bind` is called once, by `ZeroOrder`, and raises ValueError if a step has too few directions.
@@ -26,13 +28,6 @@ class Coefficients:
 
     def observe(self, slopes: Sequence[float]) -> None:
         """Learn from a step that was written."""
-
-    def state_dict(self) -> dict[str, float]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, but was given {sorted(state)}")
 
 
 class Raw(Coefficients):

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from zo_dist.part import Part
 
-class Estimator:
+
+class Estimator(Part):
     """What all share: the difference of the losses at two shifts, over their distance.
 
     `signs`: where the two probes of a direction lie, in `eps` along it. `clip_rows`: the slope of each

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zo_dist.engines import Engine
 from zo_dist.params import Param
+from zo_dist.part import Part
 
 # Elements whose magnitudes or clean values are held beside them at a time.
 _CHUNK = 1 << 20
@@ -40,7 +41,7 @@ class SmallWeights:
             raise ValueError(f"share is {self.share}; it must lie in (0, 1], 1 trains all weights")
 
 
-class Mask:
+class Mask(Part):
     """The weights of a run that are trained: those with `|w| <= threshold`, each parameter having its own.
 
     A threshold is the magnitude that `share` of the parameter's weights did not exceed when `bind` was
@@ -57,14 +58,9 @@ class Mask:
     """
 
     def __init__(self, small: SmallWeights | None = None) -> None:
-        self.small = small if small is not None and small.share < 1.0 else None
+        self.share = 1.0 if small is None else small.share
         # By canonical name; a parameter that has none is trained whole.
         self.thresholds: dict[str, float] = {}
-
-    @property
-    def kind(self) -> str | None:
-        """What tells this mask from any other on the same starting weights."""
-        return None if self.small is None else repr(self.small)
 
     def bind(self, engine: Engine, params: Sequence[Param]) -> None:
         """Take the thresholds from the weights as they are. A collective; once, by `ZeroOrder`.
@@ -72,15 +68,15 @@ class Mask:
         Raises ValueError on every rank where one is 0. Cost: four passes over this rank's weights, and 2 KiB
         sent per parameter, rank and pass.
         """
-        if self.small is None:
+        if self.share == 1.0:
             return
         cut = [param for param in params if len(param.shape) > 1 and param.numel]
-        ranks = {param.name: max(1, round(self.small.share * param.numel)) for param in cut}
+        ranks = {param.name: max(1, round(self.share * param.numel)) for param in cut}
         self.thresholds = smallest(engine, cut, ranks)
         zeros = [name for name, threshold in self.thresholds.items() if threshold == 0.0]
         if zeros:
             raise ValueError(
-                f"mask.share is {self.small.share}, and so many weights of {zeros[0]} are 0, as the second "
+                f"mask.share is {self.share}, and so many weights of {zeros[0]} are 0, as the second "
                 "factor of a LoRA is at the start: each would move once and never again. Raise the share, "
                 "leave out the mask, or set requires_grad=False on the parameter"
             )

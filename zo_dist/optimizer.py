@@ -17,6 +17,7 @@ from zo_dist.lowrank import LowRank, LowRankNoise
 from zo_dist.mask import Mask, SmallWeights
 from zo_dist.noise import Law, Noise
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
+from zo_dist.part import Part
 from zo_dist.parts import Shifts
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 from zo_dist.prefix import PrefixUnsafeError
@@ -289,11 +290,17 @@ class ZeroOrder(torch.optim.Optimizer):
         """What must be equal on every rank for the ranks to stay one run."""
         settings: dict[str, object] = {"lr": lr, "eps": self.eps, "directions": self.directions}
         settings.update(perturb=self.perturb, noise=self.noise.kind, seed=self.noise.seed)
-        settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped, mask=self.mask.kind)
-        for part in (self.sampler, self.estimator, self.coefficients, self.rule, self.scale):
-            settings[type(part).__name__] = options_of(part)
+        settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
+        for name, part in {"estimator": self.estimator, **self.parts}.items():
+            settings[name] = [type(part).__name__, part.options]
         settings["parameters"] = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in self.params]
         return settings
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What makes a write of slopes, by name: with these, and noise and rounding, a log is replayed."""
+        names = ("sampler", "coefficients", "rule", "scale", "mask")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def beside(self) -> dict[str, dict[str, Tensor]]:
@@ -303,22 +310,14 @@ class ZeroOrder(torch.optim.Optimizer):
     @property
     def scalars(self) -> dict[str, Any]:
         """The rest of the state, the same on every rank, for JSON. Settable."""
-        return {
-            "step": self.step_count,
-            "skipped": [self.skipped, self.skipped_in_a_row],
-            "writes": list(self.writes),
-            "sampler": self.sampler.state_dict(),
-            "coefficients": self.coefficients.state_dict(),
-            "scale": self.scale.state_dict(),
-            "mask": self.mask.state_dict(),
-        }
+        counters = {"step": self.step_count, "skipped": [self.skipped, self.skipped_in_a_row]}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return counters | {"writes": list(self.writes), "parts": parts}
 
     @scalars.setter
     def scalars(self, scalars: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(scalars["sampler"])
-        self.coefficients.load_state_dict(scalars["coefficients"])
-        self.scale.load_state_dict(scalars["scale"])
-        self.mask.load_state_dict(scalars["mask"])
+        for name, part in self.parts.items():
+            part.load_state_dict(scalars["parts"][name])
         self.step_count, self.writes = scalars["step"], list(scalars["writes"])
         self.skipped, self.skipped_in_a_row = scalars["skipped"]
 
@@ -349,8 +348,3 @@ class ZeroOrder(torch.optim.Optimizer):
 
 def _tensors(beside: dict[str, dict[str, Tensor]]) -> dict[tuple[str, str], Tensor]:
     return {(kind, name): tensor for kind, of in beside.items() for name, tensor in of.items()}
-
-
-def options_of(part: object) -> dict[str, int | float | str]:
-    """The settings of a sampler, estimator, rule and the like; its state is in lists, dicts and tensors."""
-    return {k: v for k, v in vars(part).items() if isinstance(v, int | float | str)}

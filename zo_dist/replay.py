@@ -10,7 +10,7 @@ from typing import Any
 import google_crc32c
 
 from zo_dist import noise
-from zo_dist.optimizer import ZeroOrder, options_of
+from zo_dist.optimizer import ZeroOrder
 from zo_dist.params import frozen_params
 from zo_dist.snapshot import load_snapshot, read_manifest, weights_digest
 from zo_dist.trajectory import TrajectoryError, TrajectoryReader
@@ -21,8 +21,7 @@ def identity(optimizer: ZeroOrder) -> dict[str, Any]:
 
     For JSON. A collective: every rank must call it. Cost: one pass over the weights.
     """
-    engine, sampler, rule = optimizer.engine, optimizer.sampler, optimizer.rule
-    coefficients, scale = optimizer.coefficients, optimizer.scale
+    engine = optimizer.engine
     parameters = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in optimizer.params]
     return {
         "parameters": hashlib.sha256(repr(parameters).encode()).hexdigest(),
@@ -30,11 +29,7 @@ def identity(optimizer: ZeroOrder) -> dict[str, Any]:
         "seed": optimizer.noise.seed,
         "noise": f"{optimizer.noise.kind}, version {noise.VERSION}",
         "rounding": optimizer.rounding.mode,
-        "sampler": [type(sampler).__name__, options_of(sampler)],
-        "rule": [type(rule).__name__, options_of(rule)],
-        "coefficients": [type(coefficients).__name__, options_of(coefficients)],
-        "scale": [type(scale).__name__, options_of(scale)],
-        "mask": optimizer.mask.kind,
+        **{name: [type(part).__name__, part.options] for name, part in optimizer.parts.items()},
         "weights": weights_digest(optimizer, optimizer.params),
         "frozen": weights_digest(optimizer, frozen_params(engine.module, engine.shape_of)),
     }

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from zo_dist.params import Span
+from zo_dist.part import Part
 
 Moment = Literal["estimate", "momentum"]
 
 
-class Rule:
+class Rule(Part):
     """What all rules share; `Momentum` is the simplest that keeps something.
 
     `keeps`: names of the float32 tensors that are kept beside each weight (4 bytes per parameter each),

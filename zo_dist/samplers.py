@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zo_dist.noise import Noise
+from zo_dist.part import Part
 
 _STREAM = "zo_dist.sampler"
 
@@ -24,7 +25,7 @@ class Draw:
     weights: tuple[float, ...]
 
 
-class Sampler:
+class Sampler(Part):
     """What all samplers share; `Dense` is the simplest complete one.
 
     `bind` is called once, by `ZeroOrder`, when the number of arms is known.
@@ -49,13 +50,6 @@ class Sampler:
     def lr_factor(self) -> float:
         """The expected update, as a share of a dense step at the same `lr` (mean over arms)."""
         return 1.0
-
-    def state_dict(self) -> dict[str, list[float]]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, but was given {sorted(state)}")
 
 
 class Dense(Sampler):

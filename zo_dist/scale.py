@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from zo_dist.engines import Engine
 from zo_dist.params import Arm, Param
+from zo_dist.part import Part
 from zo_dist.trajectory import StepRecord
 
 # Of the nets: mean and variance of the weights, the losses of both sides, the factor before.
@@ -31,7 +32,7 @@ NUM_INPUTS, NUM_HIDDEN = 5, 64
 _BITS = 12
 
 
-class Scale:
+class Scale(Part):
     """What all share; this one leaves every parameter as it is.
 
     State and results are the same on every rank. `bind` is called once, by `ZeroOrder`.
@@ -46,13 +47,6 @@ class Scale:
 
     def observe(self, record: StepRecord) -> None:
         """Learn from a step that was written."""
-
-    def state_dict(self) -> dict[str, list[float]]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, but was given {sorted(state)}")
 
 
 class RunningScale(Scale):
