@@ -315,7 +315,7 @@ def test_a_mask_is_in_the_log_and_in_a_snapshot(tmp_path: Path, dtype: torch.dty
     for optimizer in (ran, again):
         step(optimizer)
     assert digest(whole_weights(again)) == digest(whole_weights(ran))
-    with pytest.raises(TrajectoryError, match="mask is .*1.0.* here, but was .*0.4"):
+    with pytest.raises(TrajectoryError, match=r"mask is .*1.0.* here, but was .*0.4"):
         replay(run(0, **{**options, "mask": "all"}), tmp_path / "log")
 
 
