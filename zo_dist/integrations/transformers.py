@@ -22,7 +22,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from zo_dist.checkpoint import gathered
 from zo_dist.engines import read_ds_config
-from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2, zero3_engine
+from zo_dist.engines.build import fsdp2_mesh, is_cpu_offload, shard_with_fsdp2, zero3_engine
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.probes import Batch, RowLoss
 from zo_dist.rules import SGD
@@ -85,6 +85,13 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
         self._micro_batches: list[Any] = []
         super().__init__(*args, **kwargs)
         self._require_trainable()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        # Before accelerate makes a plugin of it, which for FSDP1 fails on a CPU with another message.
+        given = self.args.fsdp_config
+        if self.args.fsdp and given:
+            _require_fsdp2(int(given.get("version", 2)))
+        super().create_accelerator_and_postprocess()
 
     def _require_trainable(self) -> None:
         if self.optimizer is not None:
@@ -161,18 +168,15 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
 
     def _with_fsdp2(self, model: nn.Module) -> nn.Module:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        # As `accelerate launch` has it; `args` were looked at before.
+        _require_fsdp2(plugin.fsdp_version if plugin else 2)
         given = self.args.fsdp_config or {}
-        version = int(given.get("version", plugin.fsdp_version if plugin else 2))
-        if version != 2:
-            raise ValueError(
-                f"fsdp_config.version is {version}: FSDP1's flattened parameters have no names of their own; "
-                "set it to 2"
-            )
+        offloads = is_cpu_offload(plugin.cpu_offload) if plugin else given.get("cpu_offload", False)
         precision = plugin.mixed_precision_policy if plugin else None
         return shard_with_fsdp2(
             model,
             fsdp2_mesh(self.args.device),
-            offload_to_cpu=bool(given.get("cpu_offload", plugin.cpu_offload if plugin else False)),
+            offload_to_cpu=bool(offloads),
             compute_dtype=precision.param_dtype if precision else None,
         )
 
@@ -299,6 +303,14 @@ def _require_options_of_zero_order(options: Mapping[str, Any]) -> None:
                 f"zo has {name!r}, which is no option of zo_dist.ZeroOrder; "
                 + (f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}")
             )
+
+
+def _require_fsdp2(version: int) -> None:
+    if version != 2:
+        raise ValueError(
+            f"fsdp_config.version is {version}: FSDP1's flattened parameters have no names of their own; set "
+            "it to 2"
+        )
 
 
 def _idle_arguments(args: TrainingArguments) -> list[str]:
