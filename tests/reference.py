@@ -268,18 +268,15 @@ class Moments:
 def thin_product(left: Tensor, right: Tensor) -> Tensor:
     """float64: of numbers cut to so few bits, by row and by column, that no order of the sums shows."""
     bits = (53 - math.ceil(math.log2(left.shape[1]))) // 2
-    a, b = left.double().numpy(), right.double().numpy()
-    total = np.zeros((len(a), b.shape[1]))
-    for k in range(a.shape[1]):
-        column = [cut_below(x, max(abs(row)), bits) for x, row in zip(a[:, k], a, strict=True)]
-        row = [cut_below(x, max(abs(col)), bits) for x, col in zip(b[k], b.T, strict=True)]
-        total += np.outer(column, row)
-    return torch.from_numpy(total)
+    columns = cut_rows(left.double().numpy(), bits).T
+    rows = cut_rows(right.double().numpy().T, bits).T
+    return torch.from_numpy(sum(np.outer(c, r) for c, r in zip(columns, rows, strict=True)))
 
 
-def cut_below(x: float, largest: float, bits: int) -> float:
-    exponent = math.frexp(largest)[1] - bits
-    return math.ldexp(round(math.ldexp(x, -exponent)), exponent)
+def cut_rows(numbers: Any, bits: int) -> Any:
+    """To multiples of 2**-bits of the power of two above a row's largest."""
+    exponents = np.frexp(abs(numbers).max(1, keepdims=True))[1] - bits
+    return np.ldexp(np.rint(np.ldexp(numbers, -exponents)), exponents)
 
 
 def orthonormaliser(gram: Tensor) -> Tensor:
@@ -287,12 +284,12 @@ def orthonormaliser(gram: Tensor) -> Tensor:
     g, n = gram.tolist(), len(gram)
     r = [[0.0] * n for _ in range(n)]
     x = [[0.0] * n for _ in range(n)]
-    for k, j in ((k, j) for k in range(n) for j in range(k, n)):
-        rest = g[k][j]
-        for m in range(k):
-            rest -= r[m][k] * r[m][j]
-        r[k][j] = math.sqrt(rest) if j == k else rest / r[k][k]
-    for i, j in ((i, j) for j in range(n) for i in range(j + 1)):
+    for i, j in itertools.combinations_with_replacement(range(n), 2):
+        rest = g[i][j]
+        for k in range(i):
+            rest -= r[k][i] * r[k][j]
+        r[i][j] = math.sqrt(rest) if i == j else rest / r[i][i]
+    for i, j in itertools.combinations_with_replacement(range(n), 2):
         rest = float(i == j)
         for k in range(j):
             rest -= x[i][k] * r[k][j]

@@ -14,13 +14,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
 
 import zo_dist
 from zo_dist import native
 from zo_dist.coefficients import Coefficients
 from zo_dist.estimators import Estimator
-from zo_dist.lowrank import LowRankNoise
 from zo_dist.noise import Noise
 from zo_dist.rules import Rule
 from zo_dist.samplers import Sampler
@@ -62,7 +60,7 @@ COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
 }
 # These make nothing of a single direction, and are refused there.
 NEED_TWO = ("fzoo", "z_scores")
-# Options of ZeroOrder and, under the same name, of `noise_of`.
+# Options of ZeroOrder, and of the reference.
 NOISES: dict[str, dict[str, Any]] = {
     "rademacher": {"noise": "rademacher"},
     "gaussian": {"noise": "gaussian"},
@@ -118,15 +116,6 @@ def all_pairs(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
                     pairs[places[i], places[j]] = False
                 rows.append(tuple(axis[place] for axis, place in zip(axes, places, strict=True)))
     return rows
-
-
-def noise_of(name: str, seed: int, model: nn.Module) -> Noise:
-    """The noise of NOISES for a model's parameters, computed eagerly."""
-    options = NOISES[name]
-    if "low_rank" not in options:
-        return Noise(options["noise"], seed)
-    shapes = {key: p.shape for key, p in model.named_parameters()}
-    return LowRankNoise(options["noise"], seed, False, options["low_rank"], shapes)
 
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
