@@ -19,10 +19,10 @@ _ROWS = 8
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """float64 `left @ right`; what is cut off is some 2**-24 of the largest number in a row or column.
+    """float64 `left @ right`, `[rows, inner]` and `[inner, columns]`, added up exactly.
 
-    With `[rows, inner]` and `[inner, columns]` that is `2**-(53 - log2 inner) / 2` of the largest in its row
-    of `left` or column of `right`: an element depends on no other row or column.
+    Of each number `(53 - log2 inner) / 2` bits count, from the power of two above the largest in its row of
+    `left` or column of `right` down: 26 for 2 of them, 24 for 24. An element depends on no other row or column.
     """
     bits = _bits(left.shape[1])
     return _cut(left, 1, bits) @ _cut(right, 0, bits)
