@@ -22,7 +22,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """float64 `left @ right`, `[rows, inner]` and `[inner, columns]`, added up exactly.
 
     Of each number `(53 - log2 inner) / 2` bits count, from the power of two above the largest in its row of
-    `left` or column of `right` down: 26 for 2 of them, 24 for 24. An element depends on no other row or column.
+    `left` or column of `right` down: 26 for 2 of them, 24 for 24. An element depends on no other row or
+    column.
     """
     bits = _bits(left.shape[1])
     return _cut(left, 1, bits) @ _cut(right, 0, bits)
