@@ -21,6 +21,8 @@ import table
 import torch
 from torch import Tensor, nn
 
+from zo_dist.noise import Noise
+
 # (model, batch) -> one loss per row, or (sums, weights) per row
 RowLoss = Callable[[nn.Module, dict[str, Tensor]], Any]
 
@@ -53,7 +55,8 @@ class Reference:
         share: float = 1.0,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
-        self.noise = table.noise_of(law, seed, model)
+        named = table.NOISES[law]
+        self.noise, self.low_rank = Noise(named["noise"], seed), named.get("low_rank")
         self.method, self.lr, self.eps, self.directions = method, lr, eps, directions
         self.rounding, self.weight_decay, self.two_sided = rounding, weight_decay, two_sided
         self.rule, self.shape, self.all_slopes = rule, shape, list[list[float]]()
@@ -101,7 +104,65 @@ class Reference:
 
     def z(self, name: str, direction: int) -> Tensor:
         shape = self.weights()[name].shape
-        return self.noise.values(name, self.step_number, direction, 0, shape.numel()).view(shape)
+        if self.low_rank is None or len(shape) < 2:
+            return self.noise.values(name, self.step_number, direction, 0, shape.numel()).view(shape)
+        left, right = self.left(name, [(direction, 1.0)]), self.right(name, self.step_number)
+        return thin_product(left, right).float().view(shape)
+
+    # Noise of low rank: z = left @ right, each drawn under a name of its own
+
+    def summed(self, name: str, step: int, terms: Sequence[tuple[int, float]], *shape: int) -> Tensor:
+        total = torch.zeros(shape)
+        for direction, scale in terms:
+            z = self.noise.values(name, step, direction, 0, math.prod(shape))
+            total += z.view(shape) * torch.tensor(scale)
+        return total
+
+    def refresh(self, step: int) -> int:
+        return 0 if self.low_rank.fixed else step // self.low_rank.steps
+
+    def normals(self, name: str, step: int, length: int) -> tuple[Tensor, Tensor]:
+        """Gaussians of SubZero, and what makes them orthonormal."""
+        normals = self.summed(name, self.refresh(step), [(0, 1.0)], length, min(self.low_rank.rank, length))
+        return normals, orthonormaliser(thin_product(normals.T, normals))
+
+    def right(self, name: str, step: int) -> Tensor:
+        columns, rank = self.weights()[name][0].numel(), self.low_rank.rank
+        if not self.low_rank.orthonormal:
+            return self.summed(f"{name}\0right", self.refresh(step), [(0, 1.0)], columns, rank).T
+        normals, root = self.normals(f"{name}\0right", step, columns)
+        return thin_product(root.T * math.sqrt(columns), normals.T).float()
+
+    def left(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
+        """The sum of scale * left."""
+        step, weight, rank = self.step_number, self.weights()[name], self.low_rank.rank
+        rows = len(weight)
+        if self.low_rank.orthonormal:
+            normals, root = self.normals(f"{name}\0left", step, rows)
+            width, inner = normals.shape[1], min(rank, weight[0].numel())
+            core = self.summed(f"{name}\0core", step, terms, width, inner)
+            return thin_product(normals, thin_product(root * math.sqrt(rows / (width * inner)), core)).float()
+        if self.low_rank.fixed:
+            left = self.summed(f"{name}\0left", 0, [(0, 1.0)], rows, rank)
+            return left * self.summed(f"{name}\0weights", step, terms, rank) * rank**-0.5
+        return self.summed(f"{name}\0left", step, terms, rows, rank) * rank**-0.5
+
+    def move(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
+        """What the rule makes of the sum of scale * z."""
+        weight, moments = self.weights()[name], self.moments[name]
+        if self.low_rank is None or weight.ndim < 2:
+            return moments.move(self.rule, self.summed(name, self.step_number, terms, *weight.shape))
+        left, right = self.left(name, terms), self.right(name, self.step_number)
+        if self.rule != "lozo_m":
+            return moments.move(self.rule, thin_product(left, right).float().view(weight.shape))
+        if moments.side is not None:
+            if self.refresh(moments.step) != self.refresh(self.step_number):
+                before = self.right(name, moments.step)
+                across = thin_product(before, right.T) / right.shape[1]
+                moments.side = thin_product(moments.side, across).float()
+            left = moments.side * 0.9 + left
+        moments.side, moments.step = left, self.step_number
+        return thin_product(left, right).float().view(weight.shape)
 
     def loss_at(self, direction: int, drawn: Sequence[int], sign: float, rows: Any, loss: RowLoss) -> Any:
         """Summed loss and weight of some rows, on a copy of the model shifted by sign * eps * z."""
@@ -151,16 +212,13 @@ class Reference:
         trained, before = weight.abs() <= self.highest[name], weight.clone()
         kept = {key: tensor.clone() for key, tensor in moments.tensors().items()}
         kept["lost"] = self.lost[name].clone()
-        estimate = torch.zeros(weight.shape)
-        for direction, coef in terms:
-            estimate += self.z(name, direction) * torch.tensor(coef)
-        estimate = moments.move(self.rule, estimate)
+        move = self.move(name, terms)
         exact = weight.float()
         if self.rounding == "kahan" and weight.dtype != torch.float32:
             exact = exact + self.lost[name].float()
         if weight.ndim > 1 and self.weight_decay:
             exact = exact * (1.0 - self.lr * self.weight_decay)
-        exact = exact - estimate * self.lr
+        exact = exact - move * self.lr
         if weight.dtype == torch.float32 or self.rounding == "nearest":
             weight.copy_(exact)
         elif self.rounding == "kahan":
@@ -179,6 +237,9 @@ class Moments:
     def __init__(self, shape: torch.Size) -> None:
         self.first, self.second, self.highest = (torch.zeros(shape) for _ in range(3))
         self.writes = 0
+        # Of LOZO-M: the momentum's left side, and the step of the right one that it goes with.
+        self.side: Tensor | None = None
+        self.step = 0
 
     def tensors(self) -> dict[str, Tensor]:
         return {"first": self.first, "second": self.second, "highest": self.highest}
@@ -190,7 +251,7 @@ class Moments:
             return estimate
         if rule == "sign":
             return estimate.sign()
-        if rule == "momentum":
+        if rule in ("momentum", "lozo_m"):
             self.first = self.first * 0.9 + estimate
             return self.first
         self.first = self.first * 0.8 + estimate * (1.0 - 0.8)
@@ -202,6 +263,38 @@ class Moments:
         # A square root that numpy and IEEE 754 agree on, whatever torch makes of it.
         root = torch.from_numpy(np.sqrt((second / (1.0 - 0.95**self.writes)).numpy()))
         return first / (root + 1e-6)
+
+
+def thin_product(left: Tensor, right: Tensor) -> Tensor:
+    """float64: of numbers cut to so few bits, by row and by column, that no order of the sums shows."""
+    bits = (53 - math.ceil(math.log2(left.shape[1]))) // 2
+    columns = cut_rows(left.double().numpy(), bits).T
+    rows = cut_rows(right.double().numpy().T, bits).T
+    return torch.from_numpy(sum(np.outer(c, r) for c, r in zip(columns, rows, strict=True)))
+
+
+def cut_rows(numbers: Any, bits: int) -> Any:
+    """To multiples of 2**-bits of the power of two above a row's largest."""
+    exponents = np.frexp(abs(numbers).max(1, keepdims=True))[1] - bits
+    return np.ldexp(np.rint(np.ldexp(numbers, -exponents)), exponents)
+
+
+def orthonormaliser(gram: Tensor) -> Tensor:
+    """The inverse of R in gram = R^T R, by Cholesky and back-substitution, number by number."""
+    g, n = gram.tolist(), len(gram)
+    r = [[0.0] * n for _ in range(n)]
+    x = [[0.0] * n for _ in range(n)]
+    for i, j in itertools.combinations_with_replacement(range(n), 2):
+        rest = g[i][j]
+        for k in range(i):
+            rest -= r[k][i] * r[k][j]
+        r[i][j] = math.sqrt(rest) if i == j else rest / r[i][i]
+    for i, j in itertools.combinations_with_replacement(range(n), 2):
+        rest = float(i == j)
+        for k in range(j):
+            rest -= x[i][k] * r[k][j]
+        x[i][j] = rest / r[j][j]
+    return torch.tensor(x, dtype=torch.float64)
 
 
 def shaped(shape: str, all_slopes: Sequence[Sequence[float]]) -> list[float]:

@@ -14,13 +14,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
 
 import zo_dist
 from zo_dist import native
 from zo_dist.coefficients import Coefficients
 from zo_dist.estimators import Estimator
-from zo_dist.lowrank import LowRankNoise
 from zo_dist.noise import Noise
 from zo_dist.rules import Rule
 from zo_dist.samplers import Sampler
@@ -44,11 +42,14 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
 RULES: dict[str, Callable[..., Rule]] = {
     "sgd": zo_dist.SGD,
     "momentum": partial(zo_dist.Momentum, 0.9),
+    "lozo_m": partial(zo_dist.Momentum, 0.9, factored=True),
     "adam": partial(zo_dist.Adam, 0.8, 0.95, 1e-6),
     "adam_of_momentum": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, second="momentum"),
     "amsgrad": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, amsgrad=True),
     "sign": zo_dist.Sign,
 }
+# These want noise of low rank, and are refused with other; what takes their place there.
+OF_FULL_RANK = {"lozo_m": "momentum"}
 COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
     "raw": zo_dist.Raw,
     "sign": zo_dist.SignOnly,
@@ -59,12 +60,14 @@ COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
 }
 # These make nothing of a single direction, and are refused there.
 NEED_TWO = ("fzoo", "z_scores")
-# Options of ZeroOrder and, under the same name, of `noise_of`.
+# Options of ZeroOrder, and of the reference.
 NOISES: dict[str, dict[str, Any]] = {
     "rademacher": {"noise": "rademacher"},
     "gaussian": {"noise": "gaussian"},
     "lozo": {"noise": "gaussian", "low_rank": zo_dist.LowRank(rank=2, refresh=3)},
     "tezo": {"noise": "rademacher", "low_rank": zo_dist.LowRank(rank=3, fixed=True)},
+    # As many columns as some matrices have rows, and more than others have.
+    "subzero": {"noise": "gaussian", "low_rank": zo_dist.LowRank(rank=4, refresh=3, orthonormal=True)},
 }
 # What `mask` is, and the share that the reference trains.
 MASKS: dict[str, zo_dist.SmallWeights | None] = {"all": None, "small": zo_dist.SmallWeights(share=0.4)}
@@ -115,15 +118,6 @@ def all_pairs(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def noise_of(name: str, seed: int, model: nn.Module) -> Noise:
-    """The noise of NOISES for a model's parameters, computed eagerly."""
-    options = NOISES[name]
-    if "low_rank" not in options:
-        return Noise(options["noise"], seed)
-    shapes = {key: p.shape for key, p in model.named_parameters()}
-    return LowRankNoise(options["noise"], seed, False, options["low_rank"], shapes)
-
-
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
     """A ZeroOrder whose sampler, estimator, coefficients, rule and mask are given by their names here."""
     noise = options.pop("noise", "rademacher")
@@ -137,8 +131,10 @@ def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
     single = options.get("directions", 1) == 1
     options["coefficients"] = COEFFICIENTS["raw" if single and coefficients in NEED_TWO else coefficients]()
     decay = options.pop("weight_decay", 0.0)
-    if isinstance(options.get("rule", "sgd"), str):
-        options["rule"] = RULES[options.get("rule", "sgd")](weight_decay=decay)
+    rule = options.get("rule", "sgd")
+    if isinstance(rule, str):
+        rule = rule if "low_rank" in options else OF_FULL_RANK.get(rule, rule)
+        options["rule"] = RULES[rule](weight_decay=decay)
     return zo_dist.ZeroOrder(model, **options)
 
 

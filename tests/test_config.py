@@ -243,11 +243,14 @@ def test_every_config_takes_steps(path: Path, tmp_path: Path) -> None:
         save_nets(tmp_path / "scale", new_nets(len(params), seed=0), params, 240, {})
         config = load_config(path, [f"optimizer.scale.path={tmp_path / 'scale'}"])
     optimizer = build_optimizer(config, model)
+    moves = 0
     for step in range(4):
         rows = rows_for("sequential", config.train.rows, seed=step, dtype=config.model.torch_dtype)
         optimizer.step_batch(rows, loss_of)
-        # With an lr of 1e-7, few of so few 16-bit weights move, or none.
-        assert any(scale for scales in optimizer.record.scales for scale in scales)
+        # With an lr of 1e-7, few of so few 16-bit weights move, or none; and an arm of 8 of them may leave
+        # both losses the same.
+        moves += any(scale for scales in optimizer.record.scales for scale in scales)
+    assert moves >= 3
     assert optimizer.skipped == 0
 
 

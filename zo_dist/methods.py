@@ -135,11 +135,12 @@ class SGDConfig(RuleSection):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MomentumConfig(RuleSection):
-    """A running sum of estimates; 4 bytes per parameter."""
+    """A running sum of estimates; 4 bytes per parameter, or with `factored` per row and rank (LOZO-M)."""
 
     makes = Momentum
     name: Literal["momentum"] = "momentum"
     beta: float = 0.9
+    factored: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

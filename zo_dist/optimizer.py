@@ -117,10 +117,11 @@ class ZeroOrder(torch.optim.Optimizer):
             self.factors: dict[str, float] = {}
             self.mask = Mask(mask)
             self.rounding = Rounding16(rounding, self.noise)
-            for part in (self.rule, self.rounding):
-                part.begin(self.engine.spans(self.params))
-            # How often each arm was written.
-            self.writes = [0] * len(self.arms)
+            spans = self.engine.spans(self.params)
+            self.rounding.begin(spans)
+            self.rule.begin([self.noise.left_span(s) for s in spans] if self.rule.factored else spans)
+            # How often each arm was written, and in which step the last time.
+            self.writes, self.written = [0] * len(self.arms), [-1] * len(self.arms)
             self.eps, self.directions, self.perturb = eps, directions, perturb
             self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
             self.step_count = self.skipped = self.skipped_in_a_row = 0
@@ -197,7 +198,10 @@ class ZeroOrder(torch.optim.Optimizer):
             param, arm = params[span.name]
             args = self.rule, self.rounding, self.noise, record.step, record.lr, self.writes[arm], self.mask
             factor = self.factors.get(span.name, 1.0)
-            update_span(span, param, [(d, coef * factor) for d, coef in terms[arm]], *args)
+            of_param = [(d, coef * factor) for d, coef in terms[arm]]
+            update_span(span, param, of_param, *args, self.written[arm])
+        for arm in terms:
+            self.written[arm] = record.step
         self.engine.publish()
 
     @torch.no_grad()
@@ -312,13 +316,15 @@ class ZeroOrder(torch.optim.Optimizer):
         """The rest of the state, the same on every rank, for JSON. Settable."""
         counters = {"step": self.step_count, "skipped": [self.skipped, self.skipped_in_a_row]}
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        return counters | {"writes": list(self.writes), "parts": parts}
+        arms = {"writes": list(self.writes), "written": list(self.written)}
+        return counters | arms | {"parts": parts}
 
     @scalars.setter
     def scalars(self, scalars: dict[str, Any]) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(scalars["parts"][name])
-        self.step_count, self.writes = scalars["step"], list(scalars["writes"])
+        self.step_count = scalars["step"]
+        self.writes, self.written = list(scalars["writes"]), list(scalars["written"])
         self.skipped, self.skipped_in_a_row = scalars["skipped"]
 
     def state_dict(self) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def corrected(
     for group in groups:
         direction, drawn = group[0][0].direction, group[0][0].drawn
         if weight in drawn:
-            sides = shifts.noise.sides(weight, shifts.step, direction, x.device)
+            sides = shifts.noise.sides(weight, shifts.step, [(direction, 1.0)], x.device)
             left, right = (side.to(x.dtype).t() for side in sides)
         if bias in drawn:
             z = torch.zeros(out.shape[-1], device=x.device)

@@ -18,6 +18,7 @@ from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise
 from zo_dist.params import Param, Span
 from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Rule
+from zo_dist.thin import Thin
 
 # Elements per pass and core: their float32 sums stay in its cache over all directions. A GPU takes
 # more at once, because a call takes it less time than it takes the processor to ask for it.
@@ -35,16 +36,19 @@ def update_span(
     lr: float,
     writes: int,
     mask: Mask | None = None,
+    last: int = -1,
 ) -> None:
     """Apply all directions to one span: one read and one write of each weight.
 
     `terms` are `(direction, coefficient)`, the coefficients already weighted and averaged; they are
     added up in float32 in the order given, so the result does not depend on how weights are cut.
-    `writes`: as of `Rule.move`. What `mask` leaves out stays as it is, with all that is kept beside it.
+    `writes`: as of `Rule.move`; `last`: the step that wrote before, or -1. What `mask` leaves out stays as it
+    is, with all that is kept beside it, but for what a factored rule keeps of sides.
     """
     mask = mask or Mask()
+    has_sides = noise.has_sides(span.name)
     # The fused forms know no mask, and no noise that is a product of two sides.
-    fused = type(rule) is SGD and not mask.cuts(span.name) and not noise.has_sides(span.name)
+    fused = type(rule) is SGD and not mask.cuts(span.name) and not has_sides
     remaining = rule.remaining(lr, param.shape)
     if fused and noise.in_native(span.flat):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
@@ -52,6 +56,9 @@ def update_span(
         drawn = bits if rounding.mode == "stochastic" else None
         native.update(span.flat, lost, noise.law, address, span.offset, terms, drawn, remaining, lr)
         return
+    # A factored rule has made its move of a side.
+    moved = has_sides and rule.factored
+    thin = _thin(span, terms, rule, noise, step, writes, last) if has_sides else None
     scalars = torch.tensor((remaining, lr), dtype=torch.float64, device=span.flat.device)
     chunk = _CHUNK * torch.get_num_threads() if span.flat.device.type == "cpu" else _GPU_CHUNK
     for start in range(0, span.flat.numel(), chunk):
@@ -60,14 +67,40 @@ def update_span(
         exact = rounding.scratch(flat)
         lost = rounding.lost_of(span.name, start, flat.numel())
         inputs = (flat,) if lost is None else (flat, lost)
-        kept = [rule.kept[key][span.name][start : start + chunk] for key in rule.keeps]
+        keeps = () if moved else rule.keeps
+        kept = [rule.kept[key][span.name][start : start + chunk] for key in keeps]
         with mask.kept(flat, [*inputs[1:], *kept], span.name):
             if fused:
                 noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, (scalars,))
             else:
-                noise.accumulate(exact.zero_(), span.name, step, terms, offset)
-                exact.copy_(_new_weights(rule.move(exact, kept, writes), scalars, *inputs))
+                if thin is None:
+                    noise.accumulate(exact.zero_(), span.name, step, terms, offset)
+                else:
+                    for piece, total in thin.pieces(offset, len(exact)):
+                        exact[piece] = total
+                move = exact if moved else rule.move(exact, kept, writes)
+                exact.copy_(_new_weights(move, scalars, *inputs))
             rounding.write(flat, exact, lost, span.name, step, offset)
+
+
+def _thin(
+    span: Span,
+    terms: Sequence[tuple[int, float]],
+    rule: Rule,
+    noise: Noise,
+    step: int,
+    writes: int,
+    last: int,
+) -> Thin:
+    """The estimate as one product of two sides; with a rule that is factored, the move."""
+    place = span.flat.device, span.offset, span.flat.numel()
+    left, right = noise.sides(span.name, step, terms, *place)
+    if rule.factored:
+        kept = [rule.kept[key][span.name] for key in rule.keeps]
+        for tensor in kept:
+            noise.carry(span.name, tensor, last, step)
+        left = rule.move(left.reshape(-1), kept, writes).view(left.shape)
+    return Thin(left, right, span.offset)
 
 
 def _new_weights(move: Tensor, scalars: Tensor, flat: Tensor, lost: Tensor | None = None) -> Tensor:

@@ -75,6 +75,7 @@ FEW: list[Combo] = [
     (("bfloat16", "kahan"), 8, "uniform", "module", "gaussian", "one_sided", "fzoo", "adam", "small"),
     (("float16", "stochastic"), 2, "dense", "shard", "rademacher", "two_sided", "raw", "momentum", "all"),
     (("bfloat16", "stochastic"), 1, "adalezo", "shard", "lozo", "two_sided", "rms", "sgd", "small"),
+    (("float32", "stochastic"), 3, "adalezo", "module", "subzero", "two_sided", "raw", "lozo_m", "all"),
 ]
 
 
@@ -205,11 +206,12 @@ def test_the_bits_do_depend_on_what_they_should() -> None:
         *((*base[:4], noise, *base[5:]) for noise in table.NOISES if noise != "rademacher"),
         (*base[:5], "one_sided", *base[6:]),
         *((*base[:6], shape, *base[7:]) for shape in table.COEFFICIENTS if shape != "raw"),
-        *((*base[:7], rule, base[8]) for rule in table.RULES if rule != "sgd"),
+        *((*base[:7], rule, base[8]) for rule in table.RULES if rule not in ("sgd", *table.OF_FULL_RANK)),
+        *((*base[:4], "lozo", *base[5:7], rule, base[8]) for rule in ("momentum", "lozo_m")),
         (*base[:8], "small"),
     ]
     start = digest(dict(build("sequential", torch.bfloat16).named_parameters()))
-    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 21
+    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 24
 
 
 # End to end: the losses are the model's own.
