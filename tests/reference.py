@@ -21,6 +21,8 @@ import table
 import torch
 from torch import Tensor, nn
 
+from zo_dist.flipout import FlipoutNoise
+
 # (model, batch) -> one loss per row, or (sums, weights) per row
 RowLoss = Callable[[nn.Module, dict[str, Tensor]], Any]
 
@@ -154,6 +156,10 @@ class Reference:
         estimate = torch.zeros(weight.shape)
         for direction, coef in terms:
             estimate += self.z(name, direction) * torch.tensor(coef)
+        if self.noise.has_sides(name) and isinstance(self.noise, FlipoutNoise):
+            # Of one magnitude in all directions, and the signs are added up exactly.
+            signs = [self.z(name, d).sign().double() * torch.tensor(coef) for d, coef in terms]
+            estimate = self.z(name, 0).abs() * torch.stack(signs).sum(0).float()
         estimate = moments.move(self.rule, estimate)
         exact = weight.float()
         if self.rounding == "kahan" and weight.dtype != torch.float32:

@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 import zo_dist
-from zo_dist import native
+from zo_dist import native, structure
 from zo_dist.coefficients import Coefficients
 from zo_dist.estimators import Estimator
-from zo_dist.lowrank import LowRankNoise
 from zo_dist.noise import Noise
 from zo_dist.rules import Rule
 from zo_dist.samplers import Sampler
@@ -63,8 +62,10 @@ NEED_TWO = ("fzoo", "z_scores")
 NOISES: dict[str, dict[str, Any]] = {
     "rademacher": {"noise": "rademacher"},
     "gaussian": {"noise": "gaussian"},
-    "lozo": {"noise": "gaussian", "low_rank": zo_dist.LowRank(rank=2, refresh=3)},
-    "tezo": {"noise": "rademacher", "low_rank": zo_dist.LowRank(rank=3, fixed=True)},
+    "lozo": {"noise": "gaussian", "structure": zo_dist.LowRank(rank=2, refresh=3)},
+    "tezo": {"noise": "rademacher", "structure": zo_dist.LowRank(rank=3, fixed=True)},
+    "flipout": {"noise": "rademacher", "structure": zo_dist.Flipout()},
+    "grzo": {"noise": "gaussian", "structure": zo_dist.Flipout()},
 }
 # What `mask` is, and the share that the reference trains.
 MASKS: dict[str, zo_dist.SmallWeights | None] = {"all": None, "small": zo_dist.SmallWeights(share=0.4)}
@@ -118,10 +119,8 @@ def all_pairs(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 def noise_of(name: str, seed: int, model: nn.Module) -> Noise:
     """The noise of NOISES for a model's parameters, computed eagerly."""
     options = NOISES[name]
-    if "low_rank" not in options:
-        return Noise(options["noise"], seed)
     shapes = {key: p.shape for key, p in model.named_parameters()}
-    return LowRankNoise(options["noise"], seed, False, options["low_rank"], shapes)
+    return structure.noise_of(options["noise"], seed, False, options.get("structure"), shapes)
 
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:

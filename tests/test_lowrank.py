@@ -123,7 +123,7 @@ def test_a_step_moves_a_matrix_within_the_rank() -> None:
     model = nn.Linear(9, 7, bias=False)
     before = model.weight.detach().clone()
     optimizer = zo_dist.ZeroOrder(
-        model, lr=0.1, low_rank=zo_dist.LowRank(rank=2), noise="gaussian", self_check=False
+        model, lr=0.1, structure=zo_dist.LowRank(rank=2), noise="gaussian", self_check=False
     )
     x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     for _ in range(10):
@@ -149,7 +149,7 @@ def test_thin_products_have_the_losses_of_shifted_weights(kind: str, sampler: st
 def test_a_stacked_forward_shifts_no_weight_of_a_linear_layer() -> None:
     model = nn.Sequential(nn.Linear(9, 7), nn.LayerNorm(7), nn.Linear(7, 1))
     optimizer = zo_dist.ZeroOrder(
-        model, low_rank=zo_dist.LowRank(rank=2), noise="gaussian", directions=2, self_check=False
+        model, structure=zo_dist.LowRank(rank=2), noise="gaussian", directions=2, self_check=False
     )
     shifted: list[str] = []
     shift = optimizer.noise.shift

@@ -11,6 +11,7 @@ exact there too.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -170,12 +171,22 @@ class Noise:
         return self.law
 
     def has_sides(self, name: str) -> bool:
-        """Is z of this parameter the product of two thin matrices?"""
+        """Is z of this parameter made of two thin matrices? Then `add_products` takes it."""
         return False
 
     def sides(self, name: str, step: int, direction: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """These, `[rows, rank]` and `[rank, columns]`, in float32."""
         raise TypeError(f"{type(self).__name__} has no sides")
+
+    def add_products(
+        self, out: Tensor, x: Tensor, name: str, step: int, terms: Sequence[tuple[int, float, slice]]
+    ) -> None:
+        """`out[rows] += scale * x[rows] @ z.T` for each `(direction, scale, rows)`, without z itself."""
+        for direction, group in itertools.groupby(terms, key=lambda term: term[0]):
+            left, right = (side.to(x.dtype).t() for side in self.sides(name, step, direction, x.device))
+            for _, scale, rows in group:
+                thin = x[rows].reshape(-1, x.shape[-1]) @ right
+                out[rows].view(-1, out.shape[-1]).addmm_(thin, left, alpha=scale)
 
     def values(self, name: str, step: int, direction: int, offset: int, numel: int) -> Tensor:
         """float32 `[numel]` on the CPU: z itself, for tests and for looking."""

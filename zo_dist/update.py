@@ -43,7 +43,7 @@ def update_span(
     `writes`: as of `Rule.move`. What `mask` leaves out stays as it is, with all that is kept beside it.
     """
     mask = mask or Mask()
-    # The fused forms know no mask, and no noise that is a product of two sides.
+    # The fused forms know no mask, and no noise that is made of two sides.
     fused = type(rule) is SGD and not mask.cuts(span.name) and not noise.has_sides(span.name)
     remaining = rule.remaining(lr, param.shape)
     if fused and noise.in_native(span.flat):
