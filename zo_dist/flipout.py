@@ -26,7 +26,7 @@ _TOGETHER = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flipout:
-    """Signs alone tell the directions of a step apart: a sign per row and one per column of each matrix."""
+    """Signs alone tell the directions of a step apart: one per row and one per column of each matrix."""
 
 
 class FlipoutNoise(Noise):

@@ -127,7 +127,7 @@ class RootMeanSquareConfig(CoefficientsSection):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StandardiseConfig(CoefficientsSection):
-    """Slopes over their deviation in the step (FZOO), with `centre` as z-scores (GRZO, ES)."""
+    """Slopes over their deviation in the step (FZOO, GRZO), with `centre` as z-scores (ES)."""
 
     makes = Standardise
     name: Literal["standardise"] = "standardise"
