@@ -17,7 +17,7 @@ from torch import Tensor
 from zo_dist.noise import Law, Noise
 
 # Elements of a matrix whose noise is held at a time: they stay in a core's cache. A GPU needs more work.
-_CHUNK, _GPU_CHUNK = 1 << 17, 1 << 22
+_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 22
 # Elements of a base that take part in one product.
 _PART, _GPU_PART = 1 << 20, 1 << 24
 # Directions whose signs are drawn together.
@@ -122,21 +122,29 @@ class FlipoutNoise(Noise):
         numel: int,
         device: torch.device,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """The sum of `scale * z` of elements `offset ...`, some rows at a time, and where in them it is."""
+        """The sum of `scale * z` of elements `offset ...`, some rows at a time, and where in them it is.
+
+        What is given is overwritten by the next.
+        """
         columns, directions = self._columns[name], [direction for direction, _ in terms]
         scales = torch.tensor(_exact([scale for _, scale in terms]), dtype=torch.float64, device=device)
         right = self._flips(name, "columns", step, directions, 0, columns, device).to(torch.float64)
         right *= scales.unsqueeze(1)
-        most = max(1, (_CHUNK if device.type == "cpu" else _GPU_CHUNK) // columns)
         end = offset + numel
+        most = max(1, (_CHUNK if device.type == "cpu" else _GPU_CHUNK) // columns)
+        most = min(most, -(-end // columns) - offset // columns)
+        # Fresh memory for every piece would take longer than what is done in it.
+        exact = torch.empty(most, columns, dtype=torch.float64, device=device)
+        total, base = torch.empty(most * columns, device=device), torch.empty(most * columns, device=device)
         for first in range(offset // columns, -(-end // columns), most):
             rows = min(most, -(-end // columns) - first)
             left = self._flips(name, "rows", step, directions, first, rows, device).to(torch.float64)
             start, stop = max(offset, first * columns), min(end, (first + rows) * columns)
-            sums = (left.t() @ right).view(-1)[start - first * columns : stop - first * columns]
-            base = torch.zeros(stop - start, device=device)
-            super().accumulate(base, f"{name}\0base", step, [(0, 1.0)], start)
-            yield slice(start - offset, stop - offset), base.mul_(sums.to(torch.float32))
+            torch.mm(left.t(), right, out=exact[:rows])
+            mine, unit = total[: stop - start], base[: stop - start].zero_()
+            mine.copy_(exact.view(-1)[start - first * columns : stop - first * columns])
+            super().accumulate(unit, f"{name}\0base", step, [(0, 1.0)], start)
+            yield slice(start - offset, stop - offset), mine.mul_(unit)
 
     def _flips(
         self,
