@@ -21,6 +21,7 @@ import table
 import torch
 from torch import Tensor, nn
 
+import zo_dist
 from zo_dist.noise import Noise
 
 # (model, batch) -> one loss per row, or (sums, weights) per row
@@ -56,7 +57,9 @@ class Reference:
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
         named = table.NOISES[law]
-        self.noise, self.low_rank = Noise(named["noise"], seed), named.get("low_rank")
+        self.noise, self.signs = Noise(named["noise"], seed), Noise("rademacher", seed)
+        self.structure: Any = named.get("structure")
+        self.low_rank: Any = self.structure if isinstance(self.structure, zo_dist.LowRank) else None
         self.method, self.lr, self.eps, self.directions = method, lr, eps, directions
         self.rounding, self.weight_decay, self.two_sided = rounding, weight_decay, two_sided
         self.rule, self.shape, self.all_slopes = rule, shape, list[list[float]]()
@@ -104,10 +107,26 @@ class Reference:
 
     def z(self, name: str, direction: int) -> Tensor:
         shape = self.weights()[name].shape
-        if self.low_rank is None or len(shape) < 2:
+        if self.structure is None or len(shape) < 2:
             return self.noise.values(name, self.step_number, direction, 0, shape.numel()).view(shape)
+        if self.low_rank is None:
+            return self.base(name) * self.flips(name, direction)
         left, right = self.left(name, [(direction, 1.0)]), self.right(name, self.step_number)
         return thin_product(left, right).float().view(shape)
+
+    # Flipout: z = base * outer(signs of rows, signs of columns), 32 directions' signs to a draw
+
+    def base(self, name: str) -> Tensor:
+        shape = self.weights()[name].shape
+        return self.noise.values(f"{name}\0base", self.step_number, 0, 0, shape.numel()).view(shape)
+
+    def flips(self, name: str, direction: int) -> Tensor:
+        shape, (draw, place) = self.weights()[name].shape, divmod(direction, 32)
+        rows, columns = (
+            self.signs.values(f"{name}\0{side}", self.step_number, draw, 0, 32 * n).view(n, 32)[:, place]
+            for side, n in (("rows", shape[0]), ("columns", shape[1:].numel()))
+        )
+        return torch.outer(rows, columns).view(shape)
 
     # Noise of low rank: z = left @ right, each drawn under a name of its own
 
@@ -150,8 +169,11 @@ class Reference:
     def move(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
         """What the rule makes of the sum of scale * z."""
         weight, moments = self.weights()[name], self.moments[name]
-        if self.low_rank is None or weight.ndim < 2:
+        if self.structure is None or weight.ndim < 2:
             return moments.move(self.rule, self.summed(name, self.step_number, terms, *weight.shape))
+        if self.low_rank is None:
+            signs = [self.flips(name, d).double() * torch.tensor(coef) for d, coef in terms]
+            return moments.move(self.rule, self.base(name) * torch.stack(signs).sum(0).float())
         left, right = self.left(name, terms), self.right(name, self.step_number)
         if self.rule != "lozo_m":
             return moments.move(self.rule, thin_product(left, right).float().view(weight.shape))

@@ -64,10 +64,12 @@ NEED_TWO = ("fzoo", "z_scores")
 NOISES: dict[str, dict[str, Any]] = {
     "rademacher": {"noise": "rademacher"},
     "gaussian": {"noise": "gaussian"},
-    "lozo": {"noise": "gaussian", "low_rank": zo_dist.LowRank(rank=2, refresh=3)},
-    "tezo": {"noise": "rademacher", "low_rank": zo_dist.LowRank(rank=3, fixed=True)},
-    # As many columns as some matrices have rows, and more than others have.
-    "subzero": {"noise": "gaussian", "low_rank": zo_dist.LowRank(rank=4, refresh=3, orthonormal=True)},
+    "lozo": {"noise": "gaussian", "structure": zo_dist.LowRank(rank=2, refresh=3)},
+    "tezo": {"noise": "rademacher", "structure": zo_dist.LowRank(rank=3, fixed=True)},
+    # More columns than some matrices have rows.
+    "subzero": {"noise": "gaussian", "structure": zo_dist.LowRank(rank=4, refresh=3, orthonormal=True)},
+    "flipout": {"noise": "rademacher", "structure": zo_dist.Flipout()},
+    "grzo": {"noise": "gaussian", "structure": zo_dist.Flipout()},
 }
 # What `mask` is, and the share that the reference trains.
 MASKS: dict[str, zo_dist.SmallWeights | None] = {"all": None, "small": zo_dist.SmallWeights(share=0.4)}
@@ -133,7 +135,8 @@ def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
     decay = options.pop("weight_decay", 0.0)
     rule = options.get("rule", "sgd")
     if isinstance(rule, str):
-        rule = rule if "low_rank" in options else OF_FULL_RANK.get(rule, rule)
+        is_product = isinstance(options.get("structure"), zo_dist.LowRank)
+        rule = rule if is_product else OF_FULL_RANK.get(rule, rule)
         options["rule"] = RULES[rule](weight_decay=decay)
     return zo_dist.ZeroOrder(model, **options)
 

@@ -24,11 +24,12 @@ from zo_dist.samplers import Sampler
 class Part(nn.Module):
     """A layer: adds what its weights contribute to the loss, and can remember which weights it saw."""
 
-    def __init__(self, arm: int, size: int, cubic: float) -> None:
+    def __init__(self, arm: int, size: int, cubic: float, columns: int) -> None:
         super().__init__()
         numbers = torch.arange(1.0, size + 1)
         # Multiples of 1/16, below 2: with eps a power of two, shifts by +-eps are exact.
-        self.weight = nn.Parameter((numbers * (5 + 4 * arm) % 17 - 8) / 16)
+        weight = (numbers * (5 + 4 * arm) % 17 - 8) / 16
+        self.weight = nn.Parameter(weight.view(-1, columns) if columns else weight)
         self.curvature = 0.25 * numbers
         self.linear = (numbers + arm) % 3 / 4 + 0.25
         self.cubic, self.zero = cubic, torch.zeros(())
@@ -36,7 +37,7 @@ class Part(nn.Module):
         self.seen: list[tuple[tuple[int, ...], Tensor]] | None = None
 
     def forward(self, h: Tensor) -> Tensor:
-        w = self.weight
+        w = self.weight.flatten()
         if self.seen is not None:
             self.seen.append((tuple(h[:, 0].int().tolist()), w.detach().clone()))
         rest = torch.dot(w * w, self.curvature / 2 + self.cubic * w)
@@ -46,12 +47,13 @@ class Part(nn.Module):
 class Polynomial(nn.Module):
     """`line**2 / 2 + rest`: every weight meets every other in the Hessian; all rows are equal.
 
-    One arm per part. Without `cubic` the two-sided slope is the gradient's, whatever eps is.
+    One arm per part, whose weights are a vector, or a matrix of so many `columns`. Without `cubic` the
+    two-sided slope is the gradient's, whatever eps is.
     """
 
-    def __init__(self, arms: int, size: int, cubic: float = 0.0) -> None:
+    def __init__(self, arms: int, size: int, cubic: float = 0.0, columns: int = 0) -> None:
         super().__init__()
-        self.each = [Part(arm, size, cubic) for arm in range(arms)]
+        self.each = [Part(arm, size, cubic, columns) for arm in range(arms)]
         self.parts = nn.ModuleList(self.each)
 
     def forward(self, row: Tensor) -> Tensor:
@@ -76,7 +78,8 @@ def derivatives(model: nn.Module) -> tuple[Tensor, Tensor]:
     """Gradient `[d]` and Hessian `[d, d]`, by autograd."""
     params = list(model.parameters())
     first = torch.autograd.grad(model(torch.zeros(1)).sum(), params, create_graph=True)
-    second = [torch.autograd.grad(g, params, retain_graph=True) for g in torch.cat(first)]
+    each = torch.cat([g.flatten() for g in first])
+    second = [torch.autograd.grad(g, params, retain_graph=True) for g in each]
     return flat(first), torch.stack([flat(row) for row in second])
 
 
@@ -188,6 +191,27 @@ def test_the_variance_is_that_of_theory_and_falls_with_directions(
 
 
 @pytest.mark.parametrize("law", table.LAWS)
+@pytest.mark.parametrize(("directions", "steps"), [(1, 1500), (8, 600)])
+def test_flips_of_one_base_cost_normals_some_variance_and_signs_none(
+    directions: int, steps: int, law: str
+) -> None:
+    """Between directions `E g_d g_e z_d.z_e` is `E U^4 |g|^2`, U being the base: 3 for normals, and not 1.
+
+    So 2 (D - 1) / D |g|^2 is added to (d + 1) |g|^2 / D; d = 6.
+    """
+    model = Polynomial(arms=1, size=6, columns=3)
+    gradient, _ = derivatives(model)
+    optimizer = optimizer_of(model, noise=law, directions=directions, structure=zo_dist.Flipout())
+    estimates = estimates_of(optimizer, steps)
+    expect_mean(estimates, gradient, "mean")
+    shares = 5 if law == "rademacher" else 7 + 2 * (directions - 1)
+    theory = shares * float(gradient.square().sum()) / directions
+    relative = (estimates - gradient).square().sum(1) / theory
+    # With 8 directions 7 for 21, of normals of their own, would be off by 0.67; 5 for 7, or 7 for 5, by 0.28.
+    assert float(expect_mean(relative, 1.0, "variance")) < (0.28 if directions == 1 else 0.6) / 5
+
+
+@pytest.mark.parametrize("law", table.LAWS)
 def test_slopes_are_those_of_autograd(law: str) -> None:
     """Two-sided g.z, one-sided g.z + eps/2 z.Hz, direction by direction; the latter's mean is eps/2 tr H."""
     model = Polynomial(arms=4, size=3)
@@ -296,6 +320,33 @@ def test_what_was_tested_is_what_is_updated(
             moved += bool(move.any())
     assert moved
     assert stayed or sampler == "dense" or directions > 2
+
+
+@pytest.mark.parametrize("mode", table.MODES)
+@pytest.mark.parametrize("noise", ["flipout", "grzo"])
+def test_the_flips_that_were_tested_are_those_of_the_update(noise: str, mode: str) -> None:
+    """As above, of matrices: every direction's z, from the weights that a layer saw of it."""
+    eps, lr, directions = 0.25, 0.0625, 5
+    model = Polynomial(arms=3, size=6, columns=3)
+    optimizer = table.optimizer(
+        model, lr=lr, eps=eps, directions=directions, noise=noise, perturb=mode, sampler="uniform",
+        self_check=False,
+    )  # fmt: skip
+    for _ in range(4):
+        before = [part.weight.detach().clone() for part in model.each]
+        for part in model.each:
+            part.seen = []
+        optimizer.step_batch({"row": torch.arange(directions)}, row_loss)
+        for arm, part in enumerate(model.each):
+            seen, part.seen = part.seen or [], None
+            estimate = torch.zeros(6, dtype=torch.float64)
+            for direction, scale in optimizer.record.terms.get(arm, []):
+                plus, minus = (weight for rows, weight in seen if direction in rows)
+                estimate += scale * ((plus - minus) / (2 * eps)).double()
+            expected = before[arm].double() - lr * estimate.view(2, 3)
+            # The tolerance of the test above, with one rounding of weights of up to 2.
+            atol = 2.0**-22 if noise == "flipout" else 1e-6 * 80 * lr
+            torch.testing.assert_close(part.weight.detach().double(), expected, rtol=1e-6, atol=atol)
 
 
 class Bowl(nn.Module):

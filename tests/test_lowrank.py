@@ -193,7 +193,7 @@ def test_options_out_of_range_are_refused(options: Any, told: str) -> None:
 
 def test_orthonormal_sides_of_signs_are_refused() -> None:
     with pytest.raises(ValueError, match="set noise to gaussian"):
-        zo_dist.ZeroOrder(nn.Linear(2, 2), low_rank=zo_dist.LowRank(orthonormal=True))
+        zo_dist.ZeroOrder(nn.Linear(2, 2), structure=zo_dist.LowRank(orthonormal=True))
 
 
 @pytest.mark.parametrize("inner", [1, 2, 24, 1000])
@@ -241,11 +241,11 @@ def trained(steps: int, **options: Any) -> tuple[zo_dist.ZeroOrder, nn.Linear]:
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_while_sides_last_factored_momentum_is_momentum(form: str) -> None:
-    low_rank = zo_dist.LowRank(rank=2, **FORMS[form])
+    structure = zo_dist.LowRank(rank=2, **FORMS[form])
     moved = []
     for factored in (False, True):
         rule = zo_dist.Momentum(0.5, weight_decay=0.01, factored=factored)
-        optimizer, model = trained(8, low_rank=low_rank, rule=rule, directions=2)
+        optimizer, model = trained(8, structure=structure, rule=rule, directions=2)
         moved.append(model)
     # The same losses but for roundings, which 8 steps of a stable run do not magnify.
     torch.testing.assert_close(moved[0].weight, moved[1].weight, rtol=0, atol=1e-4)
@@ -287,7 +287,7 @@ def test_a_new_right_side_takes_over_the_nearest_momentum() -> None:
 
 
 def test_factored_momentum_of_noise_of_full_rank_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"factored is true.*give low_rank"):
+    with pytest.raises(ValueError, match=r"factored is true.*give structure"):
         zo_dist.ZeroOrder(nn.Linear(2, 2), rule=zo_dist.Momentum(factored=True))
 
 
@@ -306,7 +306,7 @@ def test_a_step_moves_a_matrix_within_the_rank() -> None:
     model = nn.Linear(9, 7, bias=False)
     before = model.weight.detach().clone()
     optimizer = zo_dist.ZeroOrder(
-        model, lr=0.1, low_rank=zo_dist.LowRank(rank=2), noise="gaussian", self_check=False
+        model, lr=0.1, structure=zo_dist.LowRank(rank=2), noise="gaussian", self_check=False
     )
     x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     for _ in range(10):
@@ -332,7 +332,7 @@ def test_thin_products_have_the_losses_of_shifted_weights(kind: str, sampler: st
 def test_a_stacked_forward_shifts_no_weight_of_a_linear_layer() -> None:
     model = nn.Sequential(nn.Linear(9, 7), nn.LayerNorm(7), nn.Linear(7, 1))
     optimizer = zo_dist.ZeroOrder(
-        model, low_rank=zo_dist.LowRank(rank=2), noise="gaussian", directions=2, self_check=False
+        model, structure=zo_dist.LowRank(rank=2), noise="gaussian", directions=2, self_check=False
     )
     shifted: list[str] = []
     shift = optimizer.noise.shift

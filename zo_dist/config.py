@@ -13,13 +13,13 @@ import torch
 import yaml
 
 from zo_dist.estimators import Estimator, OneSided, TwoSided
-from zo_dist.lowrank import LowRank
 from zo_dist.mask import SmallWeights
 from zo_dist.methods import (
     AnyCoefficients,
     AnyRule,
     AnySampler,
     AnyScale,
+    AnyStructure,
     DenseConfig,
     NoScaleConfig,
     RawConfig,
@@ -136,8 +136,8 @@ class EngineConfig:
 class OptimizerConfig:
     """The step: see `zo_dist.ZeroOrder`, which has the same words, and methods.py for the sections.
 
-    `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `low_rank`: see `zo_dist.LowRank`; null is
-    noise of full rank. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter.
+    `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `structure`: of the noise of a matrix; null is
+    none. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter.
     """
 
     lr: float
@@ -151,7 +151,7 @@ class OptimizerConfig:
     scale: AnyScale = field(default_factory=NoScaleConfig)
     perturb: Perturb = "module"
     noise: Law = "rademacher"
-    low_rank: LowRank | None = None
+    structure: AnyStructure | None = None
     mask: SmallWeights | None = None
     rounding: Rounding = "stochastic"
     weight_decay: float = 0.0

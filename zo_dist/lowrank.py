@@ -8,6 +8,7 @@ step draws `rank x rank` numbers between them: SubZero (arXiv 2410.08989). Vecto
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class LowRankNoise(Noise):
         super().__init__(law, seed, compile)
         if low_rank.orthonormal and law != "gaussian":
             raise ValueError(
-                f"noise is {law!r}, and low_rank is orthonormal: columns of signs may be multiples of each "
+                f"noise is {law!r}, and structure is orthonormal: columns of signs may be multiples of each "
                 "other, and have no orthonormal form; set noise to gaussian"
             )
         self._rank = low_rank
@@ -96,6 +97,19 @@ class LowRankNoise(Noise):
 
     def has_sides(self, name: str) -> bool:
         return name in self._columns
+
+    def is_product(self, name: str) -> bool:
+        return self.has_sides(name)
+
+    def add_products(
+        self, out: Tensor, x: Tensor, name: str, step: int, terms: Sequence[tuple[int, float, slice]]
+    ) -> None:
+        for direction, group in itertools.groupby(terms, key=lambda term: term[0]):
+            sides = self.sides(name, step, [(direction, 1.0)], x.device)
+            left, right = (side.to(x.dtype).t() for side in sides)
+            for _, scale, rows in group:
+                thin = x[rows].reshape(-1, x.shape[-1]) @ right
+                out[rows].view(-1, out.shape[-1]).addmm_(thin, left, alpha=scale)
 
     def sides(
         self,

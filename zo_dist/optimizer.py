@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from zo_dist.coefficients import Coefficients, Raw
 from zo_dist.engines import select
 from zo_dist.estimators import Estimator, TwoSided
-from zo_dist.lowrank import LowRank, LowRankNoise
 from zo_dist.mask import Mask, SmallWeights
-from zo_dist.noise import Law, Noise
+from zo_dist.noise import Law
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
 from zo_dist.part import Part
 from zo_dist.parts import Shifts
@@ -27,6 +26,7 @@ from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
 from zo_dist.scale import Scale
 from zo_dist.selfcheck import check_engine
+from zo_dist.structure import Structure, noise_of
 from zo_dist.trajectory import StepRecord, TrajectoryError
 from zo_dist.update import update_span, use_each_kernel
 
@@ -51,7 +51,7 @@ class ZeroOrder(torch.optim.Optimizer):
     `requires_grad=False` are left alone. `lr`, `eps`: above 0 (`lr` may be 0), as in MeZO.
     `directions`: how many are tested per step, over all ranks. `sampler`: which arms each of them draws;
     `estimator`, `coefficients`, `rule`: from losses to slopes, to what counts of them, to the move of the
-    weights; `noise`, `low_rank`, `scale`, `mask`: the directions themselves (docs/methods.md has them all).
+    weights; `noise`, `structure`, `scale`, `mask`: the directions themselves (docs/methods.md has them all).
     `perturb`: `module` shifts a weight in a scratch copy while the module that owns it runs; `shard` shifts
     the local shards before a forward and restores their bytes after it (2 x directions forwards of
     their rows), for objectives and models that read weights outside the module that owns them.
@@ -78,7 +78,7 @@ class ZeroOrder(torch.optim.Optimizer):
         directions: int = 1,
         perturb: Perturb = "module",
         noise: Law = "rademacher",
-        low_rank: LowRank | None = None,
+        structure: Structure | None = None,
         mask: SmallWeights | None = None,
         rounding: Rounding = "stochastic",
         seed: int = 0,
@@ -102,10 +102,8 @@ class ZeroOrder(torch.optim.Optimizer):
             self.arms: list[Arm] = group_arms(self.engine.module, self.params)
             # Emptied when the model turns out to run drawn weights before its layers.
             self.layers = [layer for _, layer in find_layers(self.engine.module)]
-            self.noise = Noise(noise, seed, compile)
-            if low_rank is not None:
-                shapes = {p.name: p.shape for p in self.params}
-                self.noise = LowRankNoise(noise, seed, compile, low_rank, shapes)
+            shapes = {p.name: p.shape for p in self.params}
+            self.noise = noise_of(noise, seed, compile, structure, shapes)
             self.sampler = sampler or Dense()
             self.sampler.bind(len(self.arms), self.noise)
             self.estimator = estimator or TwoSided()

@@ -168,28 +168,23 @@ def corrected(
     out: Tensor,
     groups: Sequence[Sequence[tuple[Probe, slice]]],
 ) -> Tensor:
-    """What an nn.Linear returns under noise of low rank: `out`, of stored weights, and thin products added.
+    """What an nn.Linear returns under noise of two sides: `out`, of stored weights, and other products added.
 
     `owned`: the names of weight and bias. `groups`: the probes of one direction that drew them, with their
     rows. No weight is shifted and all probes share one product; `x` is read once more for each. In 16
     bits an output is rounded twice, where a product with a shifted copy is rounded once.
     """
     weight, bias = owned.get("weight", ""), owned.get("bias", "")
+    drawn = [(probe, rows) for group in groups for probe, rows in group if weight in probe.drawn]
+    if drawn:
+        terms = [(probe.direction, shifts.size(weight, probe), rows) for probe, rows in drawn]
+        shifts.noise.add_products(out, x, weight, shifts.step, terms)
     for group in groups:
-        direction, drawn = group[0][0].direction, group[0][0].drawn
-        if weight in drawn:
-            sides = shifts.noise.sides(weight, shifts.step, [(direction, 1.0)], x.device)
-            left, right = (side.to(x.dtype).t() for side in sides)
-        if bias in drawn:
+        if bias in group[0][0].drawn:
             z = torch.zeros(out.shape[-1], device=x.device)
-            shifts.noise.accumulate(z, bias, shifts.step, [(direction, 1.0)], 0)
-        for probe, rows in group:
-            piece = out[rows].view(-1, out.shape[-1])
-            if weight in drawn:
-                thin = x[rows].reshape(-1, x.shape[-1]) @ right
-                piece.addmm_(thin, left, alpha=shifts.size(weight, probe))
-            if bias in drawn:
-                piece += z * shifts.size(bias, probe)
+            shifts.noise.accumulate(z, bias, shifts.step, [(group[0][0].direction, 1.0)], 0)
+            for probe, rows in group:
+                out[rows] += z * shifts.size(bias, probe)
     return out
 
 

@@ -85,7 +85,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         directions=settings.directions,
         perturb=settings.perturb,
         noise=settings.noise,
-        low_rank=settings.low_rank,
+        structure=None if settings.structure is None else settings.structure.build(),
         mask=settings.mask,
         rounding=settings.rounding,
         seed=settings.seed,

@@ -46,9 +46,8 @@ def update_span(
     is, with all that is kept beside it, but for what a factored rule keeps of sides.
     """
     mask = mask or Mask()
-    has_sides = noise.has_sides(span.name)
-    # The fused forms know no mask, and no noise that is a product of two sides.
-    fused = type(rule) is SGD and not mask.cuts(span.name) and not has_sides
+    # The fused forms know no mask, and no noise that is made of two sides.
+    fused = type(rule) is SGD and not mask.cuts(span.name) and not noise.has_sides(span.name)
     remaining = rule.remaining(lr, param.shape)
     if fused and noise.in_native(span.flat):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
@@ -57,8 +56,8 @@ def update_span(
         native.update(span.flat, lost, noise.law, address, span.offset, terms, drawn, remaining, lr)
         return
     # A factored rule has made its move of a side.
-    moved = has_sides and rule.factored
-    thin = _thin(span, terms, rule, noise, step, writes, last) if has_sides else None
+    thin = _thin(span, terms, rule, noise, step, writes, last) if noise.is_product(span.name) else None
+    moved = thin is not None and rule.factored
     scalars = torch.tensor((remaining, lr), dtype=torch.float64, device=span.flat.device)
     chunk = _CHUNK * torch.get_num_threads() if span.flat.device.type == "cpu" else _GPU_CHUNK
     for start in range(0, span.flat.numel(), chunk):
