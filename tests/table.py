@@ -36,10 +36,13 @@ REFERENCE: dict[str, tuple[str, dict[str, float]]] = {
     "uniform": ("lezo", {"sparsity": 0.5}),
     "adalezo": ("adalezo", {"ratio": 0.6}),
 }
-ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+ESTIMATORS: dict[str, type[Estimator]] = {
     "two_sided": zo_dist.TwoSided,
     "one_sided": zo_dist.OneSided,
+    "three_sided": zo_dist.ThreeSided,
 }
+# How much of H is new in a step, with the estimator that goes with a curvature.
+SMOOTHING = 0.125
 # The options are those of reference.py, which has the same names.
 RULES: dict[str, Callable[..., Rule]] = {
     "sgd": zo_dist.SGD,
@@ -115,6 +118,18 @@ def all_pairs(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return rows
 
 
+def estimating(name: str, smoothing: float = SMOOTHING) -> dict[str, Any]:
+    """Options of ZeroOrder for one of ESTIMATORS."""
+    curvature = zo_dist.DiagonalCurvature(smoothing=smoothing) if name == "three_sided" else None
+    return {"estimator": ESTIMATORS[name](), "curvature": curvature}
+
+
+def mode_of(engine: str, num_ranks: int, mode: str, estimator: str) -> str:
+    """`mode`, or where a curvature is not held whole the one that is possible."""
+    sharded = num_ranks > 1 and engine.startswith(("fsdp2", "hsdp", "zero3")) and engine != "hsdp_2x1"
+    return "shard" if sharded and estimator == "three_sided" else mode
+
+
 def noise_of(name: str, seed: int, model: nn.Module) -> Noise:
     """The noise of NOISES for a model's parameters, computed eagerly."""
     options = NOISES[name]
@@ -125,14 +140,17 @@ def noise_of(name: str, seed: int, model: nn.Module) -> Noise:
 
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
-    """A ZeroOrder whose sampler, estimator, coefficients, rule and mask are given by their names here."""
+    """A ZeroOrder whose sampler, estimator, coefficients, rule and mask are given by their names here.
+
+    With `three_sided` it has a curvature.
+    """
     noise = options.pop("noise", "rademacher")
     # What is no name here is ZeroOrder's to refuse.
     options.update(NOISES.get(noise, {"noise": noise}))
     options["mask"] = MASKS[options.get("mask", "all")]
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
     if isinstance(options.get("estimator", "two_sided"), str):
-        options["estimator"] = ESTIMATORS[options.get("estimator", "two_sided")]()
+        options.update(estimating(options.get("estimator", "two_sided"), options.pop("smoothing", SMOOTHING)))
     coefficients = options.get("coefficients", "raw")
     single = options.get("directions", 1) == 1
     options["coefficients"] = COEFFICIENTS["raw" if single and coefficients in NEED_TWO else coefficients]()

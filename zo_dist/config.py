@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from zo_dist.estimators import Estimator, OneSided, TwoSided
+from zo_dist.curvature import Curvature, DiagonalCurvature
+from zo_dist.estimators import Estimator, OneSided, ThreeSided, TwoSided
 from zo_dist.lowrank import LowRank
 from zo_dist.mask import SmallWeights
 from zo_dist.methods import (
@@ -138,13 +139,14 @@ class OptimizerConfig:
 
     `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `low_rank`: see `zo_dist.LowRank`; null is
     noise of full rank. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter.
+    `curvature`: see `zo_dist.DiagonalCurvature`; null perturbs all weights alike. It goes with `three_sided`.
     """
 
     lr: float
     eps: float = 1e-3
     directions: int = 1
     sampler: AnySampler = field(default_factory=DenseConfig)
-    estimator: Literal["two_sided", "one_sided"] = "two_sided"
+    estimator: Literal["two_sided", "one_sided", "three_sided"] = "two_sided"
     clip_rows: float | None = None
     coefficients: AnyCoefficients = field(default_factory=RawConfig)
     rule: AnyRule = field(default_factory=SGDConfig)
@@ -153,6 +155,7 @@ class OptimizerConfig:
     noise: Law = "rademacher"
     low_rank: LowRank | None = None
     mask: SmallWeights | None = None
+    curvature: DiagonalCurvature | None = None
     rounding: Rounding = "stochastic"
     weight_decay: float = 0.0
     seed: int = 0
@@ -168,12 +171,12 @@ class OptimizerConfig:
         _at_least(self, 1, "directions")
         _at_least(self, 0, "seed", "max_skipped")
         self.rule.build(self.weight_decay)
-        self.build_estimator()
+        Curvature(self.curvature).require(self.build_estimator(), self.scale.build())
         self.coefficients.build().bind(self.directions)
 
     def build_estimator(self) -> Estimator:
-        clip_rows = math.inf if self.clip_rows is None else self.clip_rows
-        return TwoSided(clip_rows) if self.estimator == "two_sided" else OneSided(clip_rows)
+        makes = {"two_sided": TwoSided, "one_sided": OneSided, "three_sided": ThreeSided}
+        return makes[self.estimator](math.inf if self.clip_rows is None else self.clip_rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

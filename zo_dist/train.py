@@ -87,6 +87,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         noise=settings.noise,
         low_rank=settings.low_rank,
         mask=settings.mask,
+        curvature=settings.curvature,
         rounding=settings.rounding,
         seed=settings.seed,
         max_skipped=settings.max_skipped,

@@ -2,7 +2,7 @@
 
 A chunk at a time, the noise of every direction is added up in float32 while the chunk is in cache, the
 rule makes a move of the sum, and the new weights are rounded. SGD has this fused into one kernel,
-but not where a mask leaves some weights out.
+but not where a mask leaves some weights out or a curvature divides the sum.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist import native
+from zo_dist.curvature import Curvature
 from zo_dist.mask import Mask
 from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise
 from zo_dist.params import Param, Span
@@ -35,16 +36,20 @@ def update_span(
     lr: float,
     writes: int,
     mask: Mask | None = None,
+    curvature: Curvature | None = None,
+    curved: Sequence[tuple[int, float]] = (),
 ) -> None:
     """Apply all directions to one span: one read and one write of each weight.
 
     `terms` are `(direction, coefficient)`, the coefficients already weighted and averaged; they are
     added up in float32 in the order given, so the result does not depend on how weights are cut.
     `writes`: as of `Rule.move`. What `mask` leaves out stays as it is, with all that is kept beside it.
+    `curved`: what `curvature` learns from, `(direction, curvature)`.
     """
-    mask = mask or Mask()
-    # The fused forms know no mask, and no noise that is a product of two sides.
-    fused = type(rule) is SGD and not mask.cuts(span.name) and not noise.has_sides(span.name)
+    mask, curvature = mask or Mask(), curvature or Curvature()
+    # The fused forms know no mask, no curvature, and no noise that is a product of two sides.
+    plain = not (mask.cuts(span.name) or curvature.used or noise.has_sides(span.name))
+    fused = type(rule) is SGD and plain
     remaining = rule.remaining(lr, param.shape)
     if fused and noise.in_native(span.flat):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
@@ -61,11 +66,14 @@ def update_span(
         lost = rounding.lost_of(span.name, start, flat.numel())
         inputs = (flat,) if lost is None else (flat, lost)
         kept = [rule.kept[key][span.name][start : start + chunk] for key in rule.keeps]
-        with mask.kept(flat, [*inputs[1:], *kept], span.name):
+        bends = [curvature.of(span.name, offset, flat.numel())] if curvature.used else []
+        with mask.kept(flat, [*inputs[1:], *kept, *bends], span.name):
             if fused:
                 noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, (scalars,))
             else:
                 noise.accumulate(exact.zero_(), span.name, step, terms, offset)
+                for h in bends:
+                    curvature.precondition(exact, h, noise, span.name, step, curved, offset)
                 exact.copy_(_new_weights(rule.move(exact, kept, writes), scalars, *inputs))
             rounding.write(flat, exact, lost, span.name, step, offset)
 
@@ -80,11 +88,11 @@ def _new_weights(move: Tensor, scalars: Tensor, flat: Tensor, lost: Tensor | Non
 
 
 def use_each_kernel(
-    weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int, masked: bool = False
+    weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int, unfused: bool = False
 ) -> None:
     """Shift and update flat scratch `weights` in each way that a run will, so that all is compiled.
 
-    `masked`: a mask cuts some of the run's parameters.
+    `unfused`: a mask cuts some of the run's parameters, or a curvature divides all estimates.
     """
     outs = [torch.empty_like(weights), torch.empty_like(weights)]
     noise.shift(outs, weights, "", 0, 0, 0, [0.0, 0.0])
@@ -100,7 +108,7 @@ def use_each_kernel(
             # What other rules keep is not for scratch, and their moves are not compiled.
             if type(rule) is SGD:
                 update_span(span, param, terms, rule, rounding, noise, step=0, lr=0.0, writes=1)
-                if not masked:
+                if not unfused:
                     continue
             exact = rounding.scratch(weights)
             noise.accumulate(exact.zero_(), "", 0, terms, 0)
