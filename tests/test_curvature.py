@@ -311,6 +311,10 @@ def test_h_is_in_the_log_and_in_a_snapshot(tmp_path: Path) -> None:
         make(**{**options, "estimator": "two_sided"}).load_state_dict(ran.state_dict())
     with pytest.raises(TrajectoryError, match=r"curvature is .*0.5.* here, but was .*0.125"):
         replay(make(**options, smoothing=0.5), tmp_path / "log")
+    fresh, other = make(), make(estimator="two_sided")
+    step(other)
+    with pytest.raises(TrajectoryError, match="step 0 has no curvatures"):
+        fresh.replay(other.record)
 
 
 def resumed_on_rank(engine: str, snapshot: str, steps: int) -> tuple[str, float]:

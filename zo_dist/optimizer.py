@@ -227,6 +227,8 @@ class ZeroOrder(torch.optim.Optimizer):
                 f"step {record.step} drew other arms than {type(self.sampler).__name__} draws here: the log "
                 "was written with another sampler, or other options or an earlier state of it"
             )
+        if self.curvature.used and len(record.curvatures) != len(record.slopes):
+            raise TrajectoryError(f"step {record.step} has no curvatures: the log was written without them")
         self.record, self.step_count = record, record.step + 1
         if record.slopes:
             self._finish(record, draws)

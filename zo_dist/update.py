@@ -66,13 +66,13 @@ def update_span(
         lost = rounding.lost_of(span.name, start, flat.numel())
         inputs = (flat,) if lost is None else (flat, lost)
         kept = [rule.kept[key][span.name][start : start + chunk] for key in rule.keeps]
-        bends = [curvature.of(span.name, offset, flat.numel())] if curvature.used else []
-        with mask.kept(flat, [*inputs[1:], *kept, *bends], span.name):
+        h = curvature.of(span.name, offset, flat.numel()) if curvature.used else None
+        with mask.kept(flat, [t for t in (lost, *kept, h) if t is not None], span.name):
             if fused:
                 noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, (scalars,))
             else:
                 noise.accumulate(exact.zero_(), span.name, step, terms, offset)
-                for h in bends:
+                if h is not None:
                     curvature.precondition(exact, h, noise, span.name, step, curved, offset)
                 exact.copy_(_new_weights(rule.move(exact, kept, writes), scalars, *inputs))
             rounding.write(flat, exact, lost, span.name, step, offset)
