@@ -34,7 +34,7 @@ class Reference:
     `arms`: the parameter names of each arm. `method`: `mezo`, `lezo` or `adalezo`, with its
     `options` (sparsity; ratio, tau, gamma, alpha, clip). `rule`, `shape`: what becomes of an estimate
     and of slopes, by the names of `move` and `shaped`. `share`: how many of each matrix's weights, the
-    smallest when this is made, are trained.
+    smallest when this is made, are trained. With the estimator `three_sided` it is HiZOO, with `smoothing`.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class Reference:
         seed: int = 0,
         rounding: str = "stochastic",
         weight_decay: float = 0.0,
-        two_sided: bool = True,
+        estimator: str = "two_sided",
         rule: str = "sgd",
         shape: str = "raw",
         options: Mapping[str, float] | None = None,
         share: float = 1.0,
+        smoothing: float = table.SMOOTHING,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
         named = table.NOISES[law]
@@ -61,13 +62,15 @@ class Reference:
         self.structure: Any = named.get("structure")
         self.low_rank: Any = self.structure if isinstance(self.structure, zo_dist.LowRank) else None
         self.method, self.lr, self.eps, self.directions = method, lr, eps, directions
-        self.rounding, self.weight_decay, self.two_sided = rounding, weight_decay, two_sided
+        self.rounding, self.weight_decay, self.estimator = rounding, weight_decay, estimator
         self.rule, self.shape, self.all_slopes = rule, shape, list[list[float]]()
         self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
         self.options = {"sparsity": 0.75, "ratio": 0.2, "tau": 0.6, "gamma": 0.1, "alpha": 0.1, "clip": 4.0}
         self.options.update(options or {})
         self.scores = [0.0] * len(arms)  # AdaLeZO's q
         self.lost = {name: torch.zeros_like(p) for name, p in self.weights().items()}
+        self.smoothing = smoothing
+        self.curvature = {name: torch.ones(p.shape) for name, p in self.weights().items()}  # HiZOO's H
         self.step_number = 0
         self.highest = dict.fromkeys(self.weights(), math.inf)
         for name, weight in self.weights().items():
@@ -166,17 +169,28 @@ class Reference:
             return left * self.summed(f"{name}\0weights", step, terms, rank) * rank**-0.5
         return self.summed(f"{name}\0left", step, terms, rows, rank) * rank**-0.5
 
-    def move(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
-        """What the rule makes of the sum of scale * z."""
-        weight, moments = self.weights()[name], self.moments[name]
+    def estimate(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
+        """The sum of scale * z."""
+        weight = self.weights()[name]
         if self.structure is None or weight.ndim < 2:
-            return moments.move(self.rule, self.summed(name, self.step_number, terms, *weight.shape))
+            return self.summed(name, self.step_number, terms, *weight.shape)
         if self.low_rank is None:
             signs = [self.flips(name, d).double() * torch.tensor(coef) for d, coef in terms]
-            return moments.move(self.rule, self.base(name) * torch.stack(signs).sum(0).float())
+            return self.base(name) * torch.stack(signs).sum(0).float()
+        return (
+            thin_product(self.left(name, terms), self.right(name, self.step_number))
+            .float()
+            .view(weight.shape)
+        )
+
+    def move(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
+        """What the rule makes of it."""
+        weight, moments = self.weights()[name], self.moments[name]
+        of_a_side = self.low_rank is not None and weight.ndim > 1 and self.estimator != "three_sided"
+        if self.rule != "lozo_m" or not of_a_side:
+            estimate = self.estimate(name, terms) / square_root(self.curvature[name])
+            return moments.move(self.rule, estimate)
         left, right = self.left(name, terms), self.right(name, self.step_number)
-        if self.rule != "lozo_m":
-            return moments.move(self.rule, thin_product(left, right).float().view(weight.shape))
         if moments.side is not None:
             if self.refresh(moments.step) != self.refresh(self.step_number):
                 before = self.right(name, moments.step)
@@ -193,7 +207,8 @@ class Reference:
         for name, weight in self.weights().items():
             moved = weight.float()
             if name in names and sign:
-                z = torch.where(weight.abs() <= self.highest[name], self.z(name, direction), 0.0)
+                z = self.z(name, direction) / square_root(self.curvature[name])
+                z = torch.where(weight.abs() <= self.highest[name], z, 0.0)
                 moved = moved + z * torch.tensor(sign * self.eps)
             shifted[name].data.copy_(moved)
         out = loss(self.copy, rows)
@@ -203,25 +218,34 @@ class Reference:
     @torch.no_grad()
     def step(self, batch: dict[str, Tensor], loss: RowLoss) -> float:
         total = len(next(iter(batch.values())))
-        draws, slopes, shares, seen = [], [], [], [0.0, 0.0]
+        draws, slopes, shares, curved, seen = [], [], [], list[float](), [0.0, 0.0]
         for direction in range(self.directions):
             drawn = self.draw(direction)
             mine = [r for r in range(total) if r * self.directions // total == direction]
             rows = {key: value[mine] for key, value in batch.items()}
             high = self.loss_at(direction, list(drawn), 1.0, rows, loss)
-            low = self.loss_at(direction, list(drawn), -1.0 if self.two_sided else 0.0, rows, loss)
-            distance = 2.0 * self.eps if self.two_sided else self.eps
+            one_sided = self.estimator == "one_sided"
+            low = self.loss_at(direction, list(drawn), 0.0 if one_sided else -1.0, rows, loss)
+            distance = self.eps if one_sided else 2.0 * self.eps
             slopes.append((high[0] / high[1] - low[0] / low[1]) / distance)
-            shares.append(high[1] + low[1])
+            sides = [high, low]
+            if self.estimator == "three_sided":
+                clean = self.loss_at(direction, list(drawn), 0.0, rows, loss)
+                bend = abs(high[0] / high[1] + low[0] / low[1] - 2.0 * clean[0] / clean[1])
+                curved.append(bend / (2.0 * self.eps * self.eps))
+                sides.append(clean)
+            shares.append(sum(side[1] for side in sides))
             draws.append(drawn)
-            seen = [seen[0] + high[0] + low[0], seen[1] + high[1] + low[1]]
+            seen = [seen[i] + sum(side[i] for side in sides) for i in (0, 1)]
         self.all_slopes.append(slopes)
         shaped_slopes = shaped(self.shape, self.all_slopes)
         coefs = [slope * share / sum(shares) for slope, share in zip(shaped_slopes, shares, strict=True)]
         for arm, names in enumerate(self.arms):
             if any(arm in drawn for drawn in draws):
+                terms = [(d, coefs[d] * w[arm]) for d, w in enumerate(draws) if arm in w]
+                bends = [(d, curved[d], shares[d]) for d, _ in terms] if curved else []
                 for name in names:
-                    self.write(name, [(d, coefs[d] * w[arm]) for d, w in enumerate(draws) if arm in w])
+                    self.write(name, terms, bends)
         for drawn, slope in zip(draws, slopes, strict=True):
             for arm in drawn:
                 alpha = self.options["alpha"]
@@ -229,11 +253,22 @@ class Reference:
         self.step_number += 1
         return seen[0] / seen[1]
 
-    def write(self, name: str, terms: Sequence[tuple[int, float]]) -> None:
+    def write(
+        self, name: str, terms: Sequence[tuple[int, float]], bends: Sequence[tuple[int, float, float]] = ()
+    ) -> None:
         weight, moments = self.weights()[name], self.moments[name]
         trained, before = weight.abs() <= self.highest[name], weight.clone()
         kept = {key: tensor.clone() for key, tensor in moments.tensors().items()}
-        kept["lost"] = self.lost[name].clone()
+        kept["lost"], kept["curvature"] = self.lost[name].clone(), self.curvature[name].clone()
+        if bends:
+            # The log has curvatures in float32.
+            bends = [(d, *torch.tensor([c, share]).tolist()) for d, c, share in bends]
+            grown = torch.full(weight.shape, -self.smoothing)
+            for direction, c, share in bends:
+                mine = c * share / sum(s for _, _, s in bends)
+                grown += self.z(name, direction).square() * torch.tensor(self.smoothing * mine)
+            self.curvature[name] += self.curvature[name] * grown
+            self.curvature[name].clamp_(2.0**-64, 2.0**64)
         move = self.move(name, terms)
         exact = weight.float()
         if self.rounding == "kahan" and weight.dtype != torch.float32:
@@ -249,7 +284,8 @@ class Reference:
         else:
             self.noise.round(weight.view(-1), exact.view(-1), name, self.step_number, 0)
         weight[~trained] = before[~trained]
-        for key, tensor in {**moments.tensors(), "lost": self.lost[name]}.items():
+        others = {"lost": self.lost[name], "curvature": self.curvature[name]}
+        for key, tensor in {**moments.tensors(), **others}.items():
             tensor[~trained] = kept[key][~trained]
 
 
@@ -282,9 +318,12 @@ class Moments:
         self.second = self.second * 0.95 + seen * seen * (1.0 - 0.95)
         self.highest = torch.maximum(self.highest, self.second)
         second = self.highest if rule == "amsgrad" else self.second
-        # A square root that numpy and IEEE 754 agree on, whatever torch makes of it.
-        root = torch.from_numpy(np.sqrt((second / (1.0 - 0.95**self.writes)).numpy()))
-        return first / (root + 1e-6)
+        return first / (square_root(second / (1.0 - 0.95**self.writes)) + 1e-6)
+
+
+def square_root(x: Tensor) -> Tensor:
+    """One that numpy and IEEE 754 agree on, whatever torch makes of it."""
+    return torch.from_numpy(np.sqrt(x.numpy()))
 
 
 def thin_product(left: Tensor, right: Tensor) -> Tensor:

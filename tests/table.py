@@ -14,9 +14,10 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import nn
 
 import zo_dist
-from zo_dist import native
+from zo_dist import native, structure
 from zo_dist.coefficients import Coefficients
 from zo_dist.estimators import Estimator
 from zo_dist.noise import Noise
@@ -34,10 +35,13 @@ REFERENCE: dict[str, tuple[str, dict[str, float]]] = {
     "uniform": ("lezo", {"sparsity": 0.5}),
     "adalezo": ("adalezo", {"ratio": 0.6}),
 }
-ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+ESTIMATORS: dict[str, type[Estimator]] = {
     "two_sided": zo_dist.TwoSided,
     "one_sided": zo_dist.OneSided,
+    "three_sided": zo_dist.ThreeSided,
 }
+# How much of H is new in a step, with the estimator that goes with a curvature.
+SMOOTHING = 0.125
 # The options are those of reference.py, which has the same names.
 RULES: dict[str, Callable[..., Rule]] = {
     "sgd": zo_dist.SGD,
@@ -48,7 +52,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "amsgrad": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, amsgrad=True),
     "sign": zo_dist.Sign,
 }
-# These want noise of low rank, and are refused with other; what takes their place there.
+# These want noise of low rank and no curvature, and are refused else; what takes their place there.
 OF_FULL_RANK = {"lozo_m": "momentum"}
 COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
     "raw": zo_dist.Raw,
@@ -120,22 +124,44 @@ def all_pairs(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return rows
 
 
+def noise_of(name: str, seed: int, model: nn.Module) -> Noise:
+    """The noise of NOISES for a model's parameters, computed eagerly."""
+    options = NOISES[name]
+    shapes = {key: p.shape for key, p in model.named_parameters()}
+    return structure.noise_of(options["noise"], seed, False, options.get("structure"), shapes)
+
+
+def estimating(name: str, smoothing: float = SMOOTHING) -> dict[str, Any]:
+    """Options of ZeroOrder for one of ESTIMATORS."""
+    curvature = zo_dist.DiagonalCurvature(smoothing=smoothing) if name == "three_sided" else None
+    return {"estimator": ESTIMATORS[name](), "curvature": curvature}
+
+
+def mode_of(engine: str, num_ranks: int, mode: str, estimator: str) -> str:
+    """`mode`, or where a curvature is not held whole the one that is possible."""
+    sharded = num_ranks > 1 and engine.startswith(("fsdp2", "hsdp", "zero3")) and engine != "hsdp_2x1"
+    return "shard" if sharded and estimator == "three_sided" else mode
+
+
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
-    """A ZeroOrder whose sampler, estimator, coefficients, rule and mask are given by their names here."""
+    """A ZeroOrder whose sampler, estimator, coefficients, rule and mask are given by their names here.
+
+    With `three_sided` it has a curvature.
+    """
     noise = options.pop("noise", "rademacher")
     # What is no name here is ZeroOrder's to refuse.
     options.update(NOISES.get(noise, {"noise": noise}))
     options["mask"] = MASKS[options.get("mask", "all")]
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
     if isinstance(options.get("estimator", "two_sided"), str):
-        options["estimator"] = ESTIMATORS[options.get("estimator", "two_sided")]()
+        options.update(estimating(options.get("estimator", "two_sided"), options.pop("smoothing", SMOOTHING)))
     coefficients = options.get("coefficients", "raw")
     single = options.get("directions", 1) == 1
     options["coefficients"] = COEFFICIENTS["raw" if single and coefficients in NEED_TWO else coefficients]()
     decay = options.pop("weight_decay", 0.0)
     rule = options.get("rule", "sgd")
     if isinstance(rule, str):
-        is_product = isinstance(options.get("structure"), zo_dist.LowRank)
+        is_product = isinstance(options.get("structure"), zo_dist.LowRank) and not options.get("curvature")
         rule = rule if is_product else OF_FULL_RANK.get(rule, rule)
         options["rule"] = RULES[rule](weight_decay=decay)
     return zo_dist.ZeroOrder(model, **options)

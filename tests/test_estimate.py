@@ -147,7 +147,7 @@ def test_the_mean_estimate_is_the_gradient_times_what_the_sampler_says(
     model = Polynomial(arms=8, size=2)
     gradient, _ = derivatives(model)
     optimizer = optimizer_of(
-        model, sampler=SAMPLED[name](), estimator=table.ESTIMATORS[estimator](), noise=law, perturb=mode,
+        model, sampler=SAMPLED[name](), **table.estimating(estimator, smoothing=0.0), noise=law, perturb=mode,
         directions=8,
     )  # fmt: skip
     sampler = optimizer.sampler
@@ -213,21 +213,30 @@ def test_flips_of_one_base_cost_normals_some_variance_and_signs_none(
 
 @pytest.mark.parametrize("law", table.LAWS)
 def test_slopes_are_those_of_autograd(law: str) -> None:
-    """Two-sided g.z, one-sided g.z + eps/2 z.Hz, direction by direction; the latter's mean is eps/2 tr H."""
+    """Two-sided g.z, one-sided g.z + eps/2 z.Hz, direction by direction; the latter's mean is eps/2 tr H.
+
+    The curvature of three sides is |z.Hz| / 2.
+    """
     model = Polynomial(arms=4, size=3)
     gradient, hessian = derivatives(model)
-    for name, make in table.ESTIMATORS.items():
-        optimizer = optimizer_of(model, lr=0.0, estimator=make(), noise=law, directions=8)
-        slopes = []
+    for name in table.ESTIMATORS:
+        optimizer = optimizer_of(model, lr=0.0, **table.estimating(name), noise=law, directions=8)
+        slopes, bends = [], []
         for _ in range(100):
             optimizer.step_batch({"row": torch.arange(8)}, row_loss)
             slopes.append(optimizer.record.slopes)
+            bends += [bend for bend, _ in optimizer.record.curvatures]
         z = noise_of(optimizer, 100).flatten(0, 1)
-        curved = 0.0 if name == "two_sided" else 0.125 * ((z @ hessian) * z).sum(1)
+        bent = ((z @ hessian) * z).sum(1)
+        curved = 0.125 * bent if name == "one_sided" else 0.0
         measured = torch.tensor(slopes, dtype=torch.float64).flatten()
         # Losses are some 30 at most where |z| is large: a few roundings of 2e-6, over 1/4.
         torch.testing.assert_close(measured, z @ gradient + curved, rtol=1e-5, atol=3e-5)
-        expect_mean(measured, 0.0 if name == "two_sided" else 0.125 * float(hessian.trace()), name)
+        expect_mean(measured, 0.125 * float(hessian.trace()) if name == "one_sided" else 0.0, name)
+        assert len(bends) == (800 if name == "three_sided" else 0)
+        if bends:
+            # Four of these roundings, over 1/8.
+            torch.testing.assert_close(torch.tensor(bends).double(), bent.abs() / 2, rtol=1e-5, atol=6e-5)
     assert float(hessian.trace()) > 1.0
 
 
@@ -253,7 +262,8 @@ def test_the_bias_is_of_third_order(estimator: str, law: str) -> None:
     model = Polynomial(arms=1, size=4, cubic=1.0)
     gradient, _ = derivatives(model)
     eps = 1.0
-    optimizer = optimizer_of(model, eps=eps, estimator=table.ESTIMATORS[estimator](), noise=law, directions=8)
+    how = table.estimating(estimator, smoothing=0.0)
+    optimizer = optimizer_of(model, eps=eps, **how, noise=law, directions=8)
     bias = eps**2 * (1 if law == "rademacher" else 3)
     deviation = expect_mean(estimates_of(optimizer, 500), gradient + bias)
     # No bias, or that of the other law, would be off by 1 at least for signs, and for normals by 2.
@@ -275,7 +285,10 @@ PAIRS = table.all_pairs(
 def test_what_was_tested_is_what_is_updated(
     rule: str, coefficients: str, sampler: str, directions: int, law: str, mode: str, estimator: str
 ) -> None:
-    """Each layer's z, from the weights that it saw in its forwards, is what the rule made its move of."""
+    """Each layer's z, from the weights that it saw in its forwards, is what the rule made its move of.
+
+    With a curvature that is z / sqrt(H), and the move is made with the H that is learnt in between.
+    """
     eps, lr = 0.25, 0.0625
     model = Polynomial(arms=4, size=3)
     optimizer = table.optimizer(
@@ -289,6 +302,7 @@ def test_what_was_tested_is_what_is_updated(
         before = [part.weight.detach().clone() for part in model.each]
         for part in model.each:
             part.seen = []
+        bends = {key: h.clone() for key, h in optimizer.curvature.kept.items()}
         optimizer.step_batch({"row": torch.arange(directions)}, row_loss)
         terms = optimizer.record.terms
         for arm, part in enumerate(model.each):
@@ -305,16 +319,19 @@ def test_what_was_tested_is_what_is_updated(
             for direction, scale in terms[arm]:
                 # Row d tests direction d, first with its +, then with its other side; a side that shifts
                 # nothing may run with others like it.
-                first, second = (weight for rows, weight in seen if direction in rows)
-                z = (first - second) / (2 * eps if estimator == "two_sided" else eps)
+                first, second, *clean = (weight for rows, weight in seen if direction in rows)
+                assert all(torch.equal(weight, before[arm]) for weight in clean)
+                z = (first - second) / (eps if estimator == "one_sided" else 2 * eps)
                 assert float(z.abs().min()) > 0
                 estimate += scale * z
             name = optimizer.arms[arm].params[0].name
+            if bends:
+                estimate *= (bends[name] / optimizer.curvature.kept[name]).sqrt()
             kept = [again.kept[key][name] for key in again.keeps]
             move = again.move(estimate, kept, optimizer.writes[arm])
             # Signs are seen to the bit; of a normal 1e-6, the rounding of weights of up to 2 over eps,
             # is lost, times a scale of up to 20 (and momentum, of up to 4 of these in 5 steps) and lr.
-            atol = 2.0**-22 if law == "rademacher" else 1e-6 * 80 * lr
+            atol = 2.0**-22 if law == "rademacher" and not bends else 1e-6 * 80 * lr
             torch.testing.assert_close(part.weight.detach(), before[arm] - lr * move, rtol=0, atol=atol)
             # Signs of several directions can add up to nothing.
             moved += bool(move.any())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_dist.curvature import Curvature
 from zo_dist.kernels import EAGER_CHUNK
 from zo_dist.mask import Mask
 from zo_dist.noise import Noise
@@ -40,8 +41,8 @@ class Probe:
 class Shifts:
     """Weights at the probes of one step.
 
-    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`. What `mask` leaves
-    out is as it was.
+    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`, `curvature` divides
+    the noise of each weight. What `mask` leaves out is as it was.
     """
 
     noise: Noise
@@ -49,14 +50,30 @@ class Shifts:
     eps: float
     factors: Mapping[str, float] = field(default_factory=dict)
     mask: Mask = field(default_factory=Mask)
+    curvature: Curvature = field(default_factory=Curvature)
 
     def copies(
         self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
     ) -> None:
         """For each of one direction's probes, `flat` shifted; it begins at element `offset` of `name`."""
         scales = [self.size(name, probe) for probe in probes]
-        self.noise.shift(outs, flat, name, self.step, probes[0].direction, offset, scales)
+        where = name, self.step, probes[0].direction, offset
+        if self.curvature.used:
+            self.curvature.shift(outs, flat, self.noise, *where, scales)
+        else:
+            self.noise.shift(outs, flat, *where, scales)
         self.mask.put_back(outs, flat, name)
+
+    def rows(self, table: Tensor, ids: Tensor, name: str, probe: Probe) -> Tensor:
+        """`[len(ids), width]`: these rows of a whole matrix as `copies` shifts them, but for the mask."""
+        where = name, self.step, probe.direction, self.size(name, probe)
+        if self.curvature.used:
+            return self.curvature.shift_rows(table, ids, self.noise, *where)
+        return self.noise.shift_rows(table, ids, *where)
+
+    def are_thin(self, name: str) -> bool:
+        """Is what is added to this weight the product of two thin matrices?"""
+        return self.noise.has_sides(name) and not self.mask.cuts(name) and not self.curvature.used
 
     def size(self, name: str, probe: Probe) -> float:
         """What the noise of a parameter is multiplied by."""
@@ -108,9 +125,8 @@ def looks_up_few(owner: nn.Module, ids: Tensor) -> bool:
 
 def looked_up(shifts: Shifts, table: Tensor, name: str, probe: Probe, ids: Tensor) -> Tensor:
     """What an nn.Embedding returns: the rows that are looked up are shifted, and no others."""
-    size = shifts.size(name, probe)
     flat_ids = ids.reshape(-1)
-    rows = shifts.noise.shift_rows(table, flat_ids, name, shifts.step, probe.direction, size)
+    rows = shifts.rows(table, flat_ids, name, probe)
     if shifts.mask.cuts(name):
         few = max(1, EAGER_CHUNK // table.shape[1])
         for some, shifted in zip(torch.split(flat_ids, few), torch.split(rows, few), strict=True):

@@ -87,6 +87,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         noise=settings.noise,
         structure=None if settings.structure is None else settings.structure.build(),
         mask=settings.mask,
+        curvature=settings.curvature,
         rounding=settings.rounding,
         seed=settings.seed,
         max_skipped=settings.max_skipped,

@@ -2,7 +2,7 @@
 
 A chunk at a time, the noise of every direction is added up in float32 while the chunk is in cache, the
 rule makes a move of the sum, and the new weights are rounded. SGD has this fused into one kernel,
-but not where a mask leaves some weights out.
+but not where a mask leaves some weights out or a curvature divides the sum.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist import native
+from zo_dist.curvature import Curvature
 from zo_dist.mask import Mask
 from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise
 from zo_dist.params import Param, Span
@@ -37,17 +38,21 @@ def update_span(
     writes: int,
     mask: Mask | None = None,
     last: int = -1,
+    curvature: Curvature | None = None,
+    curved: Sequence[tuple[int, float]] = (),
 ) -> None:
     """Apply all directions to one span: one read and one write of each weight.
 
     `terms` are `(direction, coefficient)`, the coefficients already weighted and averaged; they are
     added up in float32 in the order given, so the result does not depend on how weights are cut.
     `writes`: as of `Rule.move`; `last`: the step that wrote before, or -1. What `mask` leaves out stays as it
-    is, with all that is kept beside it, but for what a factored rule keeps of sides.
+    is, with all that is kept beside it, but for what a factored rule keeps of sides. `curved`: what
+    `curvature` learns from, `(direction, curvature)`.
     """
-    mask = mask or Mask()
-    # The fused forms know no mask, and no noise that is made of two sides.
-    fused = type(rule) is SGD and not mask.cuts(span.name) and not noise.has_sides(span.name)
+    mask, curvature = mask or Mask(), curvature or Curvature()
+    # The fused forms know no mask, no curvature, and no noise that is made of two sides.
+    plain = not (mask.cuts(span.name) or curvature.used or noise.has_sides(span.name))
+    fused = type(rule) is SGD and plain
     remaining = rule.remaining(lr, param.shape)
     if fused and noise.in_native(span.flat):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
@@ -68,7 +73,8 @@ def update_span(
         inputs = (flat,) if lost is None else (flat, lost)
         keeps = () if moved else rule.keeps
         kept = [rule.kept[key][span.name][start : start + chunk] for key in keeps]
-        with mask.kept(flat, [*inputs[1:], *kept], span.name):
+        h = curvature.of(span.name, offset, flat.numel()) if curvature.used else None
+        with mask.kept(flat, [t for t in (lost, *kept, h) if t is not None], span.name):
             if fused:
                 noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, (scalars,))
             else:
@@ -77,6 +83,8 @@ def update_span(
                 else:
                     for piece, total in thin.pieces(offset, len(exact)):
                         exact[piece] = total
+                if h is not None:
+                    curvature.precondition(exact, h, noise, span.name, step, curved, offset)
                 move = exact if moved else rule.move(exact, kept, writes)
                 exact.copy_(_new_weights(move, scalars, *inputs))
             rounding.write(flat, exact, lost, span.name, step, offset)
@@ -112,11 +120,11 @@ def _new_weights(move: Tensor, scalars: Tensor, flat: Tensor, lost: Tensor | Non
 
 
 def use_each_kernel(
-    weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int, masked: bool = False
+    weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int, unfused: bool = False
 ) -> None:
     """Shift and update flat scratch `weights` in each way that a run will, so that all is compiled.
 
-    `masked`: a mask cuts some of the run's parameters.
+    `unfused`: a mask cuts some of the run's parameters, or a curvature divides all estimates.
     """
     outs = [torch.empty_like(weights), torch.empty_like(weights)]
     noise.shift(outs, weights, "", 0, 0, 0, [0.0, 0.0])
@@ -132,7 +140,7 @@ def use_each_kernel(
             # What other rules keep is not for scratch, and their moves are not compiled.
             if type(rule) is SGD:
                 update_span(span, param, terms, rule, rounding, noise, step=0, lr=0.0, writes=1)
-                if not masked:
+                if not unfused:
                     continue
             exact = rounding.scratch(weights)
             noise.accumulate(exact.zero_(), "", 0, terms, 0)
