@@ -31,7 +31,8 @@ class Reference:
     `arms`: the parameter names of each arm. `method`: `mezo`, `lezo` or `adalezo`, with its
     `options` (sparsity; ratio, tau, gamma, alpha, clip). `rule`, `shape`: what becomes of an estimate
     and of slopes, by the names of `move` and `shaped`. `share`: how many of each matrix's weights, the
-    smallest when this is made, are trained.
+    smallest when this is made, are trained. `anchor`: every how many steps one is dropped, with how many
+    directions, and the ratio of learning rates.
     """
 
     def __init__(
@@ -51,18 +52,22 @@ class Reference:
         shape: str = "raw",
         options: Mapping[str, float] | None = None,
         share: float = 1.0,
+        anchor: tuple[int, int, float] | None = None,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
         self.noise = table.noise_of(law, seed, model)
         self.method, self.lr, self.eps, self.directions = method, lr, eps, directions
         self.rounding, self.weight_decay, self.two_sided = rounding, weight_decay, two_sided
-        self.rule, self.shape, self.all_slopes = rule, shape, list[list[float]]()
+        self.rule, self.all_slopes = rule, list[list[float]]()
         self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
         self.options = {"sparsity": 0.75, "ratio": 0.2, "tau": 0.6, "gamma": 0.1, "alpha": 0.1, "clip": 4.0}
         self.options.update(options or {})
         self.scores = [0.0] * len(arms)  # AdaLeZO's q
         self.lost = {name: torch.zeros_like(p) for name, p in self.weights().items()}
         self.step_number = 0
+        self.anchor, self.shape = anchor, "raw" if anchor else shape
+        # Of the last anchor step: its number, the weights before its write, its coefficients.
+        self.dropped: tuple[int, dict[str, Tensor], list[float]] | None = None
         self.highest = dict.fromkeys(self.weights(), math.inf)
         for name, weight in self.weights().items():
             if weight.ndim > 1 and share < 1.0:
@@ -99,15 +104,24 @@ class Reference:
 
     # The step
 
-    def z(self, name: str, direction: int) -> Tensor:
+    def z(self, name: str, direction: int, step: int | None = None) -> Tensor:
         shape = self.weights()[name].shape
-        return self.noise.values(name, self.step_number, direction, 0, shape.numel()).view(shape)
+        step = self.step_number if step is None else step
+        return self.noise.values(name, step, direction, 0, shape.numel()).view(shape)
 
-    def loss_at(self, direction: int, drawn: Sequence[int], sign: float, rows: Any, loss: RowLoss) -> Any:
-        """Summed loss and weight of some rows, on a copy of the model shifted by sign * eps * z."""
+    def loss_at(
+        self,
+        weights: Mapping[str, Tensor],
+        direction: int,
+        drawn: Sequence[int],
+        sign: float,
+        rows: Any,
+        loss: RowLoss,
+    ) -> Any:
+        """Summed loss and weight of some rows, on a copy of the model with `weights` + sign * eps * z."""
         names = {name for arm in drawn for name in self.arms[arm]}
         shifted = dict(self.copy.named_parameters())
-        for name, weight in self.weights().items():
+        for name, weight in weights.items():
             moved = weight.float()
             if name in names and sign:
                 z = torch.where(weight.abs() <= self.highest[name], self.z(name, direction), 0.0)
@@ -117,36 +131,69 @@ class Reference:
         sums, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
         return math.fsum(sums.double().tolist()), math.fsum(weights.double().tolist())
 
-    @torch.no_grad()
-    def step(self, batch: dict[str, Tensor], loss: RowLoss) -> float:
+    def slopes_at(
+        self,
+        weights: Mapping[str, Tensor],
+        draws: Sequence[Mapping[int, float]],
+        batch: dict[str, Tensor],
+        loss: RowLoss,
+    ) -> tuple[list[float], list[float], float]:
+        """At some weights, each direction's slope and what its rows weigh, and the mean loss of all."""
         total = len(next(iter(batch.values())))
-        draws, slopes, shares, seen = [], [], [], [0.0, 0.0]
-        for direction in range(self.directions):
-            drawn = self.draw(direction)
-            mine = [r for r in range(total) if r * self.directions // total == direction]
+        slopes, shares, seen = [], [], [0.0, 0.0]
+        for direction, drawn in enumerate(draws):
+            mine = [r for r in range(total) if r * len(draws) // total == direction]
             rows = {key: value[mine] for key, value in batch.items()}
-            high = self.loss_at(direction, list(drawn), 1.0, rows, loss)
-            low = self.loss_at(direction, list(drawn), -1.0 if self.two_sided else 0.0, rows, loss)
+            high = self.loss_at(weights, direction, list(drawn), 1.0, rows, loss)
+            low = self.loss_at(weights, direction, list(drawn), -1.0 if self.two_sided else 0.0, rows, loss)
             distance = 2.0 * self.eps if self.two_sided else self.eps
             slopes.append((high[0] / high[1] - low[0] / low[1]) / distance)
             shares.append(high[1] + low[1])
-            draws.append(drawn)
             seen = [seen[0] + high[0] + low[0], seen[1] + high[1] + low[1]]
+        return slopes, shares, seen[0] / seen[1]
+
+    @torch.no_grad()
+    def step(self, batch: dict[str, Tensor], loss: RowLoss) -> float:
+        every, anchor_directions, lr_ratio = self.anchor or (0, 0, 1.0)
+        at_anchor = every and (self.dropped is None or self.step_number - self.dropped[0] >= every)
+        if at_anchor:
+            draws = [dict.fromkeys(range(len(self.arms)), 1.0) for _ in range(anchor_directions)]
+        else:
+            draws = [self.draw(direction) for direction in range(self.directions)]
+        slopes, shares, mean = self.slopes_at(self.weights(), draws, batch, loss)
         self.all_slopes.append(slopes)
-        shaped_slopes = shaped(self.shape, self.all_slopes)
-        coefs = [slope * share / sum(shares) for slope, share in zip(shaped_slopes, shares, strict=True)]
+        used = shaped(self.shape, self.all_slopes)
+        if self.dropped and not at_anchor:
+            there = self.slopes_at(self.dropped[1], draws, batch, loss)[0]
+            used = [slope - other for slope, other in zip(used, there, strict=True)]
+        coefs = [slope * share / sum(shares) for slope, share in zip(used, shares, strict=True)]
+        if at_anchor:
+            before = {name: weight.clone() for name, weight in self.weights().items()}
+            self.dropped = self.step_number, before, [float(torch.tensor(coef)) for coef in coefs]
+        lr, self.lr = self.lr, self.lr * lr_ratio if at_anchor else self.lr
         for arm, names in enumerate(self.arms):
             if any(arm in drawn for drawn in draws):
+                earlier = []
+                if self.dropped and not at_anchor:
+                    part = twelve_bits(math.fsum(w[arm] for w in draws if arm in w) / len(draws))
+                    earlier = [(self.dropped[0], d, part * coef) for d, coef in enumerate(self.dropped[2])]
                 for name in names:
-                    self.write(name, [(d, coefs[d] * w[arm]) for d, w in enumerate(draws) if arm in w])
+                    terms = [(d, coefs[d] * w[arm]) for d, w in enumerate(draws) if arm in w]
+                    self.write(name, terms, earlier)
+        self.lr = lr
         for drawn, slope in zip(draws, slopes, strict=True):
-            for arm in drawn:
+            for arm in () if at_anchor else drawn:
                 alpha = self.options["alpha"]
                 self.scores[arm] = (1 - alpha) * self.scores[arm] + alpha * abs(slope)
         self.step_number += 1
-        return seen[0] / seen[1]
+        return mean
 
-    def write(self, name: str, terms: Sequence[tuple[int, float]]) -> None:
+    def write(
+        self,
+        name: str,
+        terms: Sequence[tuple[int, float]],
+        earlier: Sequence[tuple[int, int, float]] = (),
+    ) -> None:
         weight, moments = self.weights()[name], self.moments[name]
         trained, before = weight.abs() <= self.highest[name], weight.clone()
         kept = {key: tensor.clone() for key, tensor in moments.tensors().items()}
@@ -154,6 +201,8 @@ class Reference:
         estimate = torch.zeros(weight.shape)
         for direction, coef in terms:
             estimate += self.z(name, direction) * torch.tensor(coef)
+        for step, direction, coef in earlier:
+            estimate += self.z(name, direction, step) * torch.tensor(coef)
         estimate = moments.move(self.rule, estimate)
         exact = weight.float()
         if self.rounding == "kahan" and weight.dtype != torch.float32:
@@ -220,6 +269,11 @@ def shaped(shape: str, all_slopes: Sequence[Sequence[float]]) -> list[float]:
         return (slopes / (math.sqrt(mean / (1.0 - 0.9 ** len(all_slopes))) + 1e-8)).tolist()
     deviation, mean = statistics.pstdev(slopes.tolist()), statistics.fmean(slopes.tolist())
     return ((slopes - mean if shape == "z_scores" else slopes) / deviation).tolist()
+
+
+def twelve_bits(x: float) -> float:
+    mantissa, exponent = np.frexp(x)
+    return float(np.ldexp(np.rint(mantissa * 4096.0), exponent - 12))
 
 
 def round_to(x: float, bits: int, dtype: torch.dtype) -> float:

@@ -1,4 +1,4 @@
-"""What there is: engines, samplers, estimators, coefficients, rules, laws, masks, roundings.
+"""What there is: engines, samplers, estimators, coefficients, rules, laws, masks, anchors, roundings.
 
 Every property runs over these. A new method joins the tests by one more row here.
 """
@@ -57,7 +57,7 @@ COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
     "fzoo": zo_dist.Standardise,
     "z_scores": lambda: zo_dist.Standardise(centre=True),
 }
-# These make nothing of a single direction, and are refused there.
+# These make nothing of a single direction, and are refused there. With an anchor all but `raw` are.
 NEED_TWO = ("fzoo", "z_scores")
 # Options of ZeroOrder and, under the same name, of `noise_of`.
 NOISES: dict[str, dict[str, Any]] = {
@@ -68,6 +68,7 @@ NOISES: dict[str, dict[str, Any]] = {
 }
 # What `mask` is, and the share that the reference trains.
 MASKS: dict[str, zo_dist.SmallWeights | None] = {"all": None, "small": zo_dist.SmallWeights(share=0.4)}
+ANCHORS: dict[str, zo_dist.Anchor | None] = {"none": None, "third": zo_dist.Anchor(every=3, lr_ratio=2.0)}
 LAWS = ("rademacher", "gaussian")
 MODES = ("module", "shard")
 DIRECTIONS = (1, 2, 3, 8)
@@ -125,17 +126,20 @@ def noise_of(name: str, seed: int, model: nn.Module) -> Noise:
 
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
-    """A ZeroOrder whose sampler, estimator, coefficients, rule and mask are given by their names here."""
+    """A ZeroOrder whose sampler, estimator, coefficients, rule, mask and anchor are given by names here."""
     noise = options.pop("noise", "rademacher")
     # What is no name here is ZeroOrder's to refuse.
     options.update(NOISES.get(noise, {"noise": noise}))
     options["mask"] = MASKS[options.get("mask", "all")]
+    if isinstance(options.get("anchor", "none"), str):
+        options["anchor"] = ANCHORS[options.get("anchor", "none")]
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
     if isinstance(options.get("estimator", "two_sided"), str):
         options["estimator"] = ESTIMATORS[options.get("estimator", "two_sided")]()
     coefficients = options.get("coefficients", "raw")
     single = options.get("directions", 1) == 1
-    options["coefficients"] = COEFFICIENTS["raw" if single and coefficients in NEED_TWO else coefficients]()
+    raw = options["anchor"] or (single and coefficients in NEED_TWO)
+    options["coefficients"] = COEFFICIENTS["raw" if raw else coefficients]()
     decay = options.pop("weight_decay", 0.0)
     if isinstance(options.get("rule", "sgd"), str):
         options["rule"] = RULES[options.get("rule", "sgd")](weight_decay=decay)

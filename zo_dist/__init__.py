@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zo_dist.anchor import Anchor
 from zo_dist.coefficients import Clip, Raw, RootMeanSquare, SignOnly, Standardise
 from zo_dist.engines import DesyncError
 from zo_dist.estimators import OneSided, TwoSided
@@ -21,6 +22,7 @@ __all__ = [
     "SGD",
     "AdaLeZO",
     "Adam",
+    "Anchor",
     "Clip",
     "Dense",
     "DesyncError",

@@ -87,6 +87,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         noise=settings.noise,
         low_rank=settings.low_rank,
         mask=settings.mask,
+        anchor=settings.anchor,
         rounding=settings.rounding,
         seed=settings.seed,
         max_skipped=settings.max_skipped,
@@ -221,7 +222,7 @@ def run_learning(config: Config, learning: Learning, out: Path, ranks: Engine) -
     prepared = prepare(config, ranks)
     engine = select(prepared.model)
     params = trainable_params(engine.module, engine.shape_of)
-    batches = build_batches(config, prepared.data, engine)
+    batches = build_batches(config, prepared.data, engine, config.train.rows)
     start = time.perf_counter()
     nets = learn_scale(
         engine,

@@ -35,16 +35,19 @@ def update_span(
     lr: float,
     writes: int,
     mask: Mask | None = None,
+    earlier: tuple[int, Sequence[tuple[int, float]]] | None = None,
 ) -> None:
     """Apply all directions to one span: one read and one write of each weight.
 
     `terms` are `(direction, coefficient)`, the coefficients already weighted and averaged; they are
     added up in float32 in the order given, so the result does not depend on how weights are cut.
     `writes`: as of `Rule.move`. What `mask` leaves out stays as it is, with all that is kept beside it.
+    `earlier`: another step, and terms of it that are added after those of this one.
     """
     mask = mask or Mask()
-    # The fused forms know no mask, and no noise that is a product of two sides.
-    fused = type(rule) is SGD and not mask.cuts(span.name) and not noise.has_sides(span.name)
+    # The fused forms know one step and no mask, and no noise that is a product of two sides.
+    whole = not mask.cuts(span.name) and not noise.has_sides(span.name)
+    fused = type(rule) is SGD and whole and earlier is None
     remaining = rule.remaining(lr, param.shape)
     if fused and noise.in_native(span.flat):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
@@ -66,6 +69,8 @@ def update_span(
                 noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, (scalars,))
             else:
                 noise.accumulate(exact.zero_(), span.name, step, terms, offset)
+                if earlier is not None:
+                    noise.accumulate(exact, span.name, *earlier, offset)
                 exact.copy_(_new_weights(rule.move(exact, kept, writes), scalars, *inputs))
             rounding.write(flat, exact, lost, span.name, step, offset)
 
@@ -80,11 +85,11 @@ def _new_weights(move: Tensor, scalars: Tensor, flat: Tensor, lost: Tensor | Non
 
 
 def use_each_kernel(
-    weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int, masked: bool = False
+    weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int, unfused: bool = False
 ) -> None:
     """Shift and update flat scratch `weights` in each way that a run will, so that all is compiled.
 
-    `masked`: a mask cuts some of the run's parameters.
+    `unfused`: some writes of the run are not fused, whatever its rule.
     """
     outs = [torch.empty_like(weights), torch.empty_like(weights)]
     noise.shift(outs, weights, "", 0, 0, 0, [0.0, 0.0])
@@ -100,7 +105,7 @@ def use_each_kernel(
             # What other rules keep is not for scratch, and their moves are not compiled.
             if type(rule) is SGD:
                 update_span(span, param, terms, rule, rounding, noise, step=0, lr=0.0, writes=1)
-                if not masked:
+                if not unfused:
                     continue
             exact = rounding.scratch(weights)
             noise.accumulate(exact.zero_(), "", 0, terms, 0)
