@@ -199,7 +199,7 @@ def test_an_anchor_in_every_step_is_none(mode: str) -> None:
 @pytest.mark.parametrize("mask", list(table.MASKS))
 @torch.no_grad()
 def test_what_was_tested_at_both_points_is_what_is_written(mode: str, mask: str) -> None:
-    """Against a model with the weights of either point, and the write by hand; factors change all the time."""
+    """Against a model with the weights of either point, and the write by hand; factors change every step."""
     optimizer = run(
         sampler="adalezo", scale=zo_dist.RunningScale(alpha=0.5), mask=mask, perturb=mode, directions=2,
         anchor=zo_dist.Anchor(every=4, directions=3),

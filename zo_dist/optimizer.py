@@ -180,15 +180,14 @@ class ZeroOrder(torch.optim.Optimizer):
         self.factors = self.scale.factors(self.engine)
         with evaluating(self.engine.module):
             alike = lr, draws, self.record, self.factors
-            sums, *others = self.engine.reduce(self._points(evaluate, draws, step), alike)
+            points = self.engine.reduce(self._points(evaluate, draws, step), alike)
+        losses, sums = points[..., 0] / points[..., 1], points[0]
         weights = sums[..., 1].sum(1)
         of_sides = (sums[..., 0].sum(0) / sums[..., 1].sum(0)).tolist()
-        slopes, *at_anchor = (
-            self.estimator.slopes(of[..., 0] / of[..., 1], self.eps) for of in (sums, *others)
-        )
-        kept = slopes.new_tensor(self.coefficients.of(slopes.tolist())) - sum(at_anchor)
+        slopes, *at_anchor = (self.estimator.slopes(of_point, self.eps) for of_point in losses)
+        used = slopes.new_tensor(self.coefficients.of(slopes.tolist())) - sum(at_anchor)
         # Each direction's share of the rows (or tokens): the update is the mean over all rows.
-        coefs = kept * weights / weights.sum()
+        coefs = used * weights / weights.sum()
         self.record = StepRecord.of(step, lr, draws, slopes.tolist(), coefs.tolist(), of_sides)
         if not self.record.finite:
             return self._skip(step, lr)
