@@ -27,11 +27,14 @@ from zo_dist.tasks import EncodedRow, choice_loss, get_task, option_nll_loss
 ROW_LOSSES: dict[str, RowLoss] = {"choice": choice_loss, "option_nll": option_nll_loss}
 
 
-def build_batches(config: Config, data: RunData, engine: Engine, rows: int) -> StepBatches:
-    """This rank's training batches of `rows` rows over all ranks; the rest is as in the config's sections."""
+def build_batches(config: Config, data: RunData, engine: Engine, rows: int | None = None) -> StepBatches:
+    """This rank's training batches, as the config's `data` and `train` sections describe them.
+
+    `rows`: per step, over all ranks, instead of `train.rows`.
+    """
     return StepBatches(
         data.train,
-        rows_per_step=rows,
+        rows_per_step=rows or config.train.rows,
         micro_rows=config.train.micro_rows,
         length_pool=config.data.length_pool,
         seed=config.data.seed,
@@ -70,9 +73,8 @@ class Loop:
         self._best = min(losses, default=math.inf)
         self._evaluated = {e["step"] for e in evals}
         self._seconds_before = earlier.seconds if earlier else 0.0
-        rows = config.train.rows
-        self._batches = build_batches(config, data, optimizer.engine, rows)
-        self._anchor_batches = build_batches(config, data, optimizer.engine, config.train.anchor_rows or rows)
+        self._batches = build_batches(config, data, optimizer.engine)
+        self._anchor_batches = build_batches(config, data, optimizer.engine, config.train.anchor_rows)
         self._snapshot: PendingSnapshot | None = None
 
     def run(self) -> float:

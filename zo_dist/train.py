@@ -222,7 +222,7 @@ def run_learning(config: Config, learning: Learning, out: Path, ranks: Engine) -
     prepared = prepare(config, ranks)
     engine = select(prepared.model)
     params = trainable_params(engine.module, engine.shape_of)
-    batches = build_batches(config, prepared.data, engine, config.train.rows)
+    batches = build_batches(config, prepared.data, engine)
     start = time.perf_counter()
     nets = learn_scale(
         engine,
