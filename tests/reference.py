@@ -34,7 +34,9 @@ class Reference:
     `arms`: the parameter names of each arm. `method`: `mezo`, `lezo` or `adalezo`, with its
     `options` (sparsity; ratio, tau, gamma, alpha, clip). `rule`, `shape`: what becomes of an estimate
     and of slopes, by the names of `move` and `shaped`. `share`: how many of each matrix's weights, the
-    smallest when this is made, are trained. With the estimator `three_sided` it is HiZOO, with `smoothing`.
+    smallest when this is made, are trained. With the estimator `three_sided` it is HiZOO, with `smoothing`,
+    and has no anchor. `anchor`: every how many steps one is dropped, with how many directions, and the ratio
+    of learning rates.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Reference:
         options: Mapping[str, float] | None = None,
         share: float = 1.0,
         smoothing: float = table.SMOOTHING,
+        anchor: tuple[int, int, float] | None = None,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
         named = table.NOISES[law]
@@ -63,7 +66,8 @@ class Reference:
         self.low_rank: Any = self.structure if isinstance(self.structure, zo_dist.LowRank) else None
         self.method, self.lr, self.eps, self.directions = method, lr, eps, directions
         self.rounding, self.weight_decay, self.estimator = rounding, weight_decay, estimator
-        self.rule, self.shape, self.all_slopes = rule, shape, list[list[float]]()
+        anchor = None if estimator == "three_sided" else anchor
+        self.rule, self.all_slopes = rule, list[list[float]]()
         self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
         self.options = {"sparsity": 0.75, "ratio": 0.2, "tau": 0.6, "gamma": 0.1, "alpha": 0.1, "clip": 4.0}
         self.options.update(options or {})
@@ -72,6 +76,9 @@ class Reference:
         self.smoothing = smoothing
         self.curvature = {name: torch.ones(p.shape) for name, p in self.weights().items()}  # HiZOO's H
         self.step_number = 0
+        self.anchor, self.shape = anchor, "raw" if anchor else shape
+        # Of the last anchor step: its number, the weights before its write, its coefficients.
+        self.dropped: tuple[int, dict[str, Tensor], list[float]] | None = None
         self.highest = dict.fromkeys(self.weights(), math.inf)
         for name, weight in self.weights().items():
             if weight.ndim > 1 and share < 1.0:
@@ -111,7 +118,7 @@ class Reference:
     def z(self, name: str, direction: int) -> Tensor:
         shape = self.weights()[name].shape
         if self.structure is None or len(shape) < 2:
-            return self.noise.values(name, self.step_number, direction, 0, shape.numel()).view(shape)
+            return self.summed(name, self.step_number, [(direction, 1.0)], *shape)
         if self.low_rank is None:
             return self.base(name) * self.flips(name, direction)
         left, right = self.left(name, [(direction, 1.0)]), self.right(name, self.step_number)
@@ -177,19 +184,30 @@ class Reference:
         if self.low_rank is None:
             signs = [self.flips(name, d).double() * torch.tensor(coef) for d, coef in terms]
             return self.base(name) * torch.stack(signs).sum(0).float()
-        return (
-            thin_product(self.left(name, terms), self.right(name, self.step_number))
-            .float()
-            .view(weight.shape)
-        )
+        left, right = self.left(name, terms), self.right(name, self.step_number)
+        return thin_product(left, right).float().view(weight.shape)
 
-    def move(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
+    def with_earlier(self, name: str, estimate: Tensor, earlier: Sequence[tuple[int, int, float]]) -> Tensor:
+        """With what is added of another step, of one structure at once, and else one by one."""
+        now, of_structure = self.step_number, self.structure is not None and estimate.ndim > 1
+        for terms in [earlier] if of_structure and earlier else [[term] for term in earlier]:
+            self.step_number = terms[0][0]
+            estimate = estimate + self.estimate(name, [(d, coef) for _, d, coef in terms])
+            self.step_number = now
+        return estimate
+
+    def move(
+        self,
+        name: str,
+        terms: Sequence[tuple[int, float]],
+        earlier: Sequence[tuple[int, int, float]],
+    ) -> Tensor:
         """What the rule makes of it."""
         weight, moments = self.weights()[name], self.moments[name]
-        of_a_side = self.low_rank is not None and weight.ndim > 1 and self.estimator != "three_sided"
-        if self.rule != "lozo_m" or not of_a_side:
-            estimate = self.estimate(name, terms) / square_root(self.curvature[name])
-            return moments.move(self.rule, estimate)
+        of_a_side = self.low_rank is not None and weight.ndim > 1
+        if self.rule != "lozo_m" or not of_a_side or self.anchor or self.estimator == "three_sided":
+            estimate = self.with_earlier(name, self.estimate(name, terms), earlier)
+            return moments.move(self.rule, estimate / square_root(self.curvature[name]))
         left, right = self.left(name, terms), self.right(name, self.step_number)
         if moments.side is not None:
             if self.refresh(moments.step) != self.refresh(self.step_number):
@@ -200,11 +218,19 @@ class Reference:
         moments.side, moments.step = left, self.step_number
         return thin_product(left, right).float().view(weight.shape)
 
-    def loss_at(self, direction: int, drawn: Sequence[int], sign: float, rows: Any, loss: RowLoss) -> Any:
-        """Summed loss and weight of some rows, on a copy of the model shifted by sign * eps * z."""
+    def loss_at(
+        self,
+        weights: Mapping[str, Tensor],
+        direction: int,
+        drawn: Sequence[int],
+        sign: float,
+        rows: Any,
+        loss: RowLoss,
+    ) -> Any:
+        """Summed loss and weight of some rows, on a copy of the model with `weights` + sign * eps * z."""
         names = {name for arm in drawn for name in self.arms[arm]}
         shifted = dict(self.copy.named_parameters())
-        for name, weight in self.weights().items():
+        for name, weight in weights.items():
             moved = weight.float()
             if name in names and sign:
                 z = self.z(name, direction) / square_root(self.curvature[name])
@@ -215,46 +241,77 @@ class Reference:
         sums, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
         return math.fsum(sums.double().tolist()), math.fsum(weights.double().tolist())
 
-    @torch.no_grad()
-    def step(self, batch: dict[str, Tensor], loss: RowLoss) -> float:
+    def slopes_at(
+        self,
+        weights: Mapping[str, Tensor],
+        draws: Sequence[Mapping[int, float]],
+        batch: dict[str, Tensor],
+        loss: RowLoss,
+    ) -> tuple[list[float], list[float], list[float], float]:
+        """At some weights, each direction's slope, what its rows weigh and its curvature; the mean loss."""
         total = len(next(iter(batch.values())))
-        draws, slopes, shares, curved, seen = [], [], [], list[float](), [0.0, 0.0]
-        for direction in range(self.directions):
-            drawn = self.draw(direction)
-            mine = [r for r in range(total) if r * self.directions // total == direction]
+        slopes, shares, curved, seen = [], [], list[float](), [0.0, 0.0]
+        for direction, drawn in enumerate(draws):
+            mine = [r for r in range(total) if r * len(draws) // total == direction]
             rows = {key: value[mine] for key, value in batch.items()}
-            high = self.loss_at(direction, list(drawn), 1.0, rows, loss)
+            high = self.loss_at(weights, direction, list(drawn), 1.0, rows, loss)
             one_sided = self.estimator == "one_sided"
-            low = self.loss_at(direction, list(drawn), 0.0 if one_sided else -1.0, rows, loss)
+            low = self.loss_at(weights, direction, list(drawn), 0.0 if one_sided else -1.0, rows, loss)
             distance = self.eps if one_sided else 2.0 * self.eps
             slopes.append((high[0] / high[1] - low[0] / low[1]) / distance)
             sides = [high, low]
             if self.estimator == "three_sided":
-                clean = self.loss_at(direction, list(drawn), 0.0, rows, loss)
+                clean = self.loss_at(weights, direction, list(drawn), 0.0, rows, loss)
                 bend = abs(high[0] / high[1] + low[0] / low[1] - 2.0 * clean[0] / clean[1])
                 curved.append(bend / (2.0 * self.eps * self.eps))
                 sides.append(clean)
             shares.append(sum(side[1] for side in sides))
-            draws.append(drawn)
             seen = [seen[i] + sum(side[i] for side in sides) for i in (0, 1)]
+        return slopes, shares, curved, seen[0] / seen[1]
+
+    @torch.no_grad()
+    def step(self, batch: dict[str, Tensor], loss: RowLoss) -> float:
+        every, anchor_directions, lr_ratio = self.anchor or (0, 0, 1.0)
+        at_anchor = every and (self.dropped is None or self.step_number - self.dropped[0] >= every)
+        if at_anchor:
+            draws = [dict.fromkeys(range(len(self.arms)), 1.0) for _ in range(anchor_directions)]
+        else:
+            draws = [self.draw(direction) for direction in range(self.directions)]
+        slopes, shares, curved, mean = self.slopes_at(self.weights(), draws, batch, loss)
         self.all_slopes.append(slopes)
-        shaped_slopes = shaped(self.shape, self.all_slopes)
-        coefs = [slope * share / sum(shares) for slope, share in zip(shaped_slopes, shares, strict=True)]
+        used = shaped(self.shape, self.all_slopes)
+        if self.dropped and not at_anchor:
+            there = self.slopes_at(self.dropped[1], draws, batch, loss)[0]
+            used = [slope - other for slope, other in zip(used, there, strict=True)]
+        coefs = [slope * share / sum(shares) for slope, share in zip(used, shares, strict=True)]
+        if at_anchor:
+            before = {name: weight.clone() for name, weight in self.weights().items()}
+            self.dropped = self.step_number, before, [float(torch.tensor(coef)) for coef in coefs]
+        lr, self.lr = self.lr, self.lr * lr_ratio if at_anchor else self.lr
         for arm, names in enumerate(self.arms):
             if any(arm in drawn for drawn in draws):
+                earlier = []
+                if self.dropped and not at_anchor:
+                    part = twelve_bits(math.fsum(w[arm] for w in draws if arm in w) / len(draws))
+                    earlier = [(self.dropped[0], d, part * coef) for d, coef in enumerate(self.dropped[2])]
                 terms = [(d, coefs[d] * w[arm]) for d, w in enumerate(draws) if arm in w]
                 bends = [(d, curved[d], shares[d]) for d, _ in terms] if curved else []
                 for name in names:
-                    self.write(name, terms, bends)
+                    self.write(name, terms, earlier, bends)
+        self.lr = lr
         for drawn, slope in zip(draws, slopes, strict=True):
-            for arm in drawn:
+            for arm in () if at_anchor else drawn:
                 alpha = self.options["alpha"]
                 self.scores[arm] = (1 - alpha) * self.scores[arm] + alpha * abs(slope)
         self.step_number += 1
-        return seen[0] / seen[1]
+        return mean
 
     def write(
-        self, name: str, terms: Sequence[tuple[int, float]], bends: Sequence[tuple[int, float, float]] = ()
+        self,
+        name: str,
+        terms: Sequence[tuple[int, float]],
+        earlier: Sequence[tuple[int, int, float]] = (),
+        bends: Sequence[tuple[int, float, float]] = (),
     ) -> None:
         weight, moments = self.weights()[name], self.moments[name]
         trained, before = weight.abs() <= self.highest[name], weight.clone()
@@ -269,7 +326,7 @@ class Reference:
                 grown += self.z(name, direction).square() * torch.tensor(self.smoothing * mine)
             self.curvature[name] += self.curvature[name] * grown
             self.curvature[name].clamp_(2.0**-64, 2.0**64)
-        move = self.move(name, terms)
+        move = self.move(name, terms, earlier)
         exact = weight.float()
         if self.rounding == "kahan" and weight.dtype != torch.float32:
             exact = exact + self.lost[name].float()
@@ -374,6 +431,11 @@ def shaped(shape: str, all_slopes: Sequence[Sequence[float]]) -> list[float]:
         return (slopes / (math.sqrt(mean / (1.0 - 0.9 ** len(all_slopes))) + 1e-8)).tolist()
     deviation, mean = statistics.pstdev(slopes.tolist()), statistics.fmean(slopes.tolist())
     return ((slopes - mean if shape == "z_scores" else slopes) / deviation).tolist()
+
+
+def twelve_bits(x: float) -> float:
+    mantissa, exponent = np.frexp(x)
+    return float(np.ldexp(np.rint(mantissa * 4096.0), exponent - 12))
 
 
 def round_to(x: float, bits: int, dtype: torch.dtype) -> float:

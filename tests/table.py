@@ -1,4 +1,4 @@
-"""What there is: engines, samplers, estimators, coefficients, rules, laws, masks, roundings.
+"""What there is: engines, samplers, estimators, coefficients, rules, laws, masks, anchors, roundings.
 
 Every property runs over these. A new method joins the tests by one more row here.
 """
@@ -52,7 +52,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "amsgrad": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, amsgrad=True),
     "sign": zo_dist.Sign,
 }
-# These want noise of low rank and no curvature, and are refused else; what takes their place there.
+# These want noise of low rank, no curvature and no anchor; what takes their place where it is otherwise.
 OF_FULL_RANK = {"lozo_m": "momentum"}
 COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
     "raw": zo_dist.Raw,
@@ -62,7 +62,7 @@ COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
     "fzoo": zo_dist.Standardise,
     "z_scores": lambda: zo_dist.Standardise(centre=True),
 }
-# These make nothing of a single direction, and are refused there.
+# These make nothing of a single direction, and are refused there. With an anchor all but `raw` are.
 NEED_TWO = ("fzoo", "z_scores")
 # Options of ZeroOrder, and of the reference.
 NOISES: dict[str, dict[str, Any]] = {
@@ -77,6 +77,7 @@ NOISES: dict[str, dict[str, Any]] = {
 }
 # What `mask` is, and the share that the reference trains.
 MASKS: dict[str, zo_dist.SmallWeights | None] = {"all": None, "small": zo_dist.SmallWeights(share=0.4)}
+ANCHORS: dict[str, zo_dist.Anchor | None] = {"none": None, "third": zo_dist.Anchor(every=3, lr_ratio=2.0)}
 LAWS = ("rademacher", "gaussian")
 MODES = ("module", "shard")
 DIRECTIONS = (1, 2, 3, 8)
@@ -144,25 +145,30 @@ def mode_of(engine: str, num_ranks: int, mode: str, estimator: str) -> str:
 
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
-    """A ZeroOrder whose sampler, estimator, coefficients, rule and mask are given by their names here.
+    """A ZeroOrder whose sampler, estimator, coefficients, rule, mask and anchor are given by names here.
 
-    With `three_sided` it has a curvature.
+    With `three_sided` it has a curvature, and no anchor.
     """
     noise = options.pop("noise", "rademacher")
     # What is no name here is ZeroOrder's to refuse.
     options.update(NOISES.get(noise, {"noise": noise}))
     options["mask"] = MASKS[options.get("mask", "all")]
+    if isinstance(options.get("anchor", "none"), str):
+        with_curvature = options.get("estimator") == "three_sided"
+        options["anchor"] = ANCHORS["none" if with_curvature else options.get("anchor", "none")]
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
     if isinstance(options.get("estimator", "two_sided"), str):
         options.update(estimating(options.get("estimator", "two_sided"), options.pop("smoothing", SMOOTHING)))
     coefficients = options.get("coefficients", "raw")
     single = options.get("directions", 1) == 1
-    options["coefficients"] = COEFFICIENTS["raw" if single and coefficients in NEED_TWO else coefficients]()
+    raw = options["anchor"] or (single and coefficients in NEED_TWO)
+    options["coefficients"] = COEFFICIENTS["raw" if raw else coefficients]()
     decay = options.pop("weight_decay", 0.0)
     rule = options.get("rule", "sgd")
     if isinstance(rule, str):
-        is_product = isinstance(options.get("structure"), zo_dist.LowRank) and not options.get("curvature")
-        rule = rule if is_product else OF_FULL_RANK.get(rule, rule)
+        is_product = isinstance(options.get("structure"), zo_dist.LowRank)
+        plain = is_product and not options.get("curvature") and not options["anchor"]
+        rule = rule if plain else OF_FULL_RANK.get(rule, rule)
         options["rule"] = RULES[rule](weight_decay=decay)
     return zo_dist.ZeroOrder(model, **options)
 

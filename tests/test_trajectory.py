@@ -265,15 +265,21 @@ COMBINATIONS = table.all_pairs(
     tuple(table.NOISES),
     table.DIRECTIONS[:3],
     tuple(table.MASKS),
+    tuple(table.ANCHORS),
 )
 
 
 @pytest.mark.parametrize("row", COMBINATIONS, ids=str)
 def test_replay_gives_the_weights_and_the_state_of_the_run(tmp_path: Path, row: tuple[Any, ...]) -> None:
-    (dtype, rounding), rule, coefficients, sampler, estimator, law, directions, mask = row
+    (dtype, rounding), rule, coefficients, sampler, estimator, law, directions, mask, anchor = row
     options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "sampler": sampler, "noise": law}
     options.update(
-        estimator=estimator, directions=directions, rule=rule, coefficients=coefficients, mask=mask
+        estimator=estimator,
+        directions=directions,
+        rule=rule,
+        coefficients=coefficients,
+        mask=mask,
+        anchor=anchor,
     )
     # Momentum diverges at more, in 20 steps to what is no number.
     options["lr"] = 0.01

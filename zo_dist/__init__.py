@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zo_dist.anchor import Anchor
 from zo_dist.coefficients import Clip, Raw, RootMeanSquare, SignOnly, Standardise
 from zo_dist.curvature import DiagonalCurvature
 from zo_dist.engines import DesyncError
@@ -23,6 +24,7 @@ __all__ = [
     "SGD",
     "AdaLeZO",
     "Adam",
+    "Anchor",
     "Clip",
     "Dense",
     "DesyncError",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from zo_dist.anchor import Anchor, Anchored
 from zo_dist.curvature import Curvature, DiagonalCurvature
 from zo_dist.estimators import Estimator, OneSided, ThreeSided, TwoSided
 from zo_dist.mask import SmallWeights
@@ -139,7 +140,8 @@ class OptimizerConfig:
 
     `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `structure`: of the noise of a matrix; null is
     none. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter. `curvature`: see
-    `zo_dist.DiagonalCurvature`; null perturbs all weights alike. It goes with `three_sided`.
+    `zo_dist.DiagonalCurvature`; null perturbs all weights alike. It goes with `three_sided`. `anchor`: see
+    `zo_dist.Anchor`; null has none.
     """
 
     lr: float
@@ -156,6 +158,7 @@ class OptimizerConfig:
     structure: AnyStructure | None = None
     mask: SmallWeights | None = None
     curvature: DiagonalCurvature | None = None
+    anchor: Anchor | None = None
     rounding: Rounding = "stochastic"
     weight_decay: float = 0.0
     seed: int = 0
@@ -170,9 +173,11 @@ class OptimizerConfig:
                 raise ValueError(f"{name} is {value}; it must be finite and above 0")
         _at_least(self, 1, "directions")
         _at_least(self, 0, "seed", "max_skipped")
-        rule = self.rule.build(self.weight_decay)
-        Curvature(self.curvature).require(self.build_estimator(), self.scale.build(), rule)
-        self.coefficients.build().bind(self.directions)
+        rule, coefficients = self.rule.build(self.weight_decay), self.coefficients.build()
+        coefficients.bind(self.directions)
+        curvature = Curvature(self.curvature)
+        curvature.require(self.build_estimator(), self.scale.build(), rule)
+        Anchored(self.anchor).require(coefficients, rule, curvature)
 
     def build_estimator(self) -> Estimator:
         makes = {"two_sided": TwoSided, "one_sided": OneSided, "three_sided": ThreeSided}
@@ -183,7 +188,8 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop around the step.
 
-    `rows`: per step, over all ranks. `micro_rows`: the most rows of one forward on one rank (each
+    `rows`: per step, over all ranks. `anchor_rows`: per anchor step, of which there are some if
+    `optimizer.anchor` is set; null for as many. `micro_rows`: the most rows of one forward on one rank (each
     of them runs once per side of its direction); null does not cut. `final_fraction`: what
     share of `lr` the schedule ends at. `eval_every`: steps between evaluations on the first
     `eval_rows` validation rows, 0 for none; `eval_micro_rows`: rows of one forward there.
@@ -199,6 +205,7 @@ class TrainConfig:
 
     steps: int
     rows: int = 16
+    anchor_rows: int | None = None
     micro_rows: int | None = None
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
@@ -221,8 +228,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "rows", "eval_rows", "eval_micro_rows", "log_every", "keep_snapshots")
         _at_least(self, 0, "warmup_steps", "eval_every", "sync_every", "snapshot_every", "verify_every")
-        if self.micro_rows is not None:
-            _at_least(self, 1, "micro_rows")
+        for name in ("anchor_rows", "micro_rows"):
+            if getattr(self, name) is not None:
+                _at_least(self, 1, name)
         if not 0.0 <= self.final_fraction <= 1.0:
             raise ValueError(f"final_fraction is {self.final_fraction}; it must lie in [0, 1]")
         if self.warmup_steps >= self.steps:
@@ -247,10 +255,20 @@ class Config:
                 f"optimizer.directions is {self.optimizer.directions}; it must be at most train.rows "
                 f"({self.train.rows}): each direction is tested by at least one row"
             )
-        if self.data.train < self.train.rows:
+        anchor, anchor_rows = self.optimizer.anchor, self.train.anchor_rows
+        if anchor_rows is not None and anchor is None:
             raise ValueError(
-                f"train.rows is {self.train.rows}; it must be at most data.train ({self.data.train})"
+                f"train.anchor_rows is {anchor_rows}, but optimizer.anchor is null, so that there are no "
+                "anchor steps: set optimizer.anchor, or train.anchor_rows to null"
             )
+        if anchor is not None and (anchor.directions or 0) > (anchor_rows or self.train.rows):
+            raise ValueError(
+                f"optimizer.anchor.directions is {anchor.directions}; it must be at most the rows of an "
+                f"anchor step ({anchor_rows or self.train.rows}): raise train.anchor_rows"
+            )
+        for key, rows in (("rows", self.train.rows), ("anchor_rows", anchor_rows or 0)):
+            if self.data.train < rows:
+                raise ValueError(f"train.{key} is {rows}; it must be at most data.train ({self.data.train})")
         if self.train.eval_every and not self.data.validation:
             raise ValueError("train.eval_every needs validation rows, but data.validation is 0")
 

@@ -7,6 +7,7 @@ import math
 import time
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from zo_dist.batches import StepBatches
@@ -26,11 +27,14 @@ from zo_dist.tasks import EncodedRow, choice_loss, get_task, option_nll_loss
 ROW_LOSSES: dict[str, RowLoss] = {"choice": choice_loss, "option_nll": option_nll_loss}
 
 
-def build_batches(config: Config, data: RunData, engine: Engine) -> StepBatches:
-    """This rank's training batches, as the config's `data` and `train` sections describe them."""
+def build_batches(config: Config, data: RunData, engine: Engine, rows: int | None = None) -> StepBatches:
+    """This rank's training batches, as the config's `data` and `train` sections describe them.
+
+    `rows`: per step, over all ranks, instead of `train.rows`.
+    """
     return StepBatches(
         data.train,
-        rows_per_step=config.train.rows,
+        rows_per_step=rows or config.train.rows,
         micro_rows=config.train.micro_rows,
         length_pool=config.data.length_pool,
         seed=config.data.seed,
@@ -70,6 +74,7 @@ class Loop:
         self._evaluated = {e["step"] for e in evals}
         self._seconds_before = earlier.seconds if earlier else 0.0
         self._batches = build_batches(config, data, optimizer.engine)
+        self._anchor_batches = build_batches(config, data, optimizer.engine, config.train.anchor_rows)
         self._snapshot: PendingSnapshot | None = None
 
     def run(self) -> float:
@@ -101,14 +106,13 @@ class Loop:
         scheduler = make_scheduler(optimizer, settings, first - 1)
         accuracy = ""
         for step in range(first, last + 1):
-            lr = optimizer.param_groups[0]["lr"]
-            loss = optimizer.step_batch(self._batches[step - 1], row_loss)
+            loss = optimizer.step_batch(self._rows_of(step - 1), row_loss)
             scheduler.step()
             ends, requested, written = self._agree(step)
             with engine.jointly():
                 self._append(optimizer.record)
                 if step % settings.log_every == 0 or ends or requested:
-                    self._write_step(step, loss, lr)
+                    self._write_step(step, loss)
             self._stop.end(step, requested)
             if written:
                 self._finish_snapshot()
@@ -123,6 +127,11 @@ class Loop:
             self._log.advance(loss=f"{loss:.4f}", validation=accuracy)
             if ends:
                 break
+
+    def _rows_of(self, number: int) -> list[dict[str, Tensor]]:
+        """What this rank runs in step `number`, from 0. Anchor steps go through the rows by themselves."""
+        anchor = self._optimizer.anchor
+        return self._anchor_batches[number // anchor.every] if anchor.due(number) else self._batches[number]
 
     def _finish_snapshot(self) -> None:
         snapshot, self._snapshot = self._snapshot, None
@@ -152,7 +161,7 @@ class Loop:
         limit = self._config.train.max_seconds
         return limit is not None and seconds >= limit
 
-    def _write_step(self, step: int, loss: float, lr: float) -> None:
+    def _write_step(self, step: int, loss: float) -> None:
         optimizer = self._optimizer
         drawn = [0] * len(optimizer.arms)
         for arm in itertools.chain(*optimizer.record.arms):
@@ -162,7 +171,7 @@ class Loop:
             "step",
             step,
             loss=loss,
-            lr=lr,
+            lr=optimizer.record.lr,
             lr_factor=optimizer.sampler.lr_factor,
             slope=sum(slopes) / len(slopes) if slopes else math.nan,
             drawn=drawn,

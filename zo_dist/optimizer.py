@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from zo_dist.anchor import Anchor, Anchored
 from zo_dist.coefficients import Coefficients, Raw
 from zo_dist.curvature import Curvature, DiagonalCurvature
 from zo_dist.engines import select
@@ -52,8 +53,8 @@ class ZeroOrder(torch.optim.Optimizer):
     `requires_grad=False` are left alone. `lr`, `eps`: above 0 (`lr` may be 0), as in MeZO.
     `directions`: how many are tested per step, over all ranks. `sampler`: which arms each of them draws;
     `estimator`, `coefficients`, `rule`: from losses to slopes, to what counts of them, to the move of the
-    weights; `noise`, `structure`, `scale`, `curvature`, `mask`: the directions themselves (docs/methods.md
-    has them all). A `curvature` implies `ThreeSided`.
+    weights; `noise`, `structure`, `scale`, `curvature`, `mask`: the directions themselves; `anchor`: a point
+    to compare with (docs/methods.md has them all). A `curvature` implies `ThreeSided`.
     `perturb`: `module` shifts a weight in a scratch copy while the module that owns it runs; `shard` shifts
     the local shards before a forward and restores their bytes after it (sides x directions forwards of
     their rows), for objectives and models that read weights outside the module that owns them.
@@ -83,6 +84,7 @@ class ZeroOrder(torch.optim.Optimizer):
         structure: Structure | None = None,
         mask: SmallWeights | None = None,
         curvature: DiagonalCurvature | None = None,
+        anchor: Anchor | None = None,
         rounding: Rounding = "stochastic",
         seed: int = 0,
         max_skipped: int = 10,
@@ -119,11 +121,15 @@ class ZeroOrder(torch.optim.Optimizer):
             self.mask = Mask(mask)
             self.curvature = Curvature(curvature)
             self.curvature.require(self.estimator, self.scale, self.rule)
+            self.anchor = Anchored(anchor)
+            self.anchor.require(self.coefficients, self.rule, self.curvature)
+            self.anchor.bind(len(self.arms), self.noise, directions)
             self.rounding = Rounding16(rounding, self.noise)
             spans = self.engine.spans(self.params)
             self.rounding.begin(spans)
             self.rule.begin([self.noise.left_span(s) for s in spans] if self.rule.factored else spans)
             self.curvature.begin(spans, self.params, perturb)
+            self.anchor.begin(spans)
             # How often each arm was written, and in which step the last time.
             self.writes, self.written = [0] * len(self.arms), [-1] * len(self.arms)
             self.eps, self.directions, self.perturb = eps, directions, perturb
@@ -159,28 +165,37 @@ class ZeroOrder(torch.optim.Optimizer):
         tests direction floor(r * directions / R). Returns the mean loss as `step` does.
         """
         batches = [batch] if not isinstance(batch, Sequence) else list(batch)
-        first, total, num_forwards = count_rows(self.engine, batches, self.directions)
+        first, total, num_forwards = count_rows(self.engine, batches, self.num_directions)
         self.prepare(batches[0], row_loss)
         return self._step(lambda p: p.by_rows(batches, row_loss, first, total, num_forwards))
+
+    @property
+    def num_directions(self) -> int:
+        """Of the step to come."""
+        return self.anchor.directions if self.anchor.due(self.step_count) else self.directions
 
     @torch.no_grad()
     def _step(self, evaluate: Callable[[StepProbes], Tensor]) -> float:
         step, lr = self.step_count, float(self.param_groups[0]["lr"])
+        if self.anchor.due(step):
+            lr *= self.anchor.lr_ratio
+        draws = self._draws(step, self.num_directions)
         self.step_count += 1
         # torch's schedulers look here for whether a step came before theirs; `step_batch` is one too.
         self._opt_called = True
         self.factors = self.scale.factors(self.engine)
-        draws = [self.sampler.draw(step, d) for d in range(self.directions)]
         with evaluating(self.engine.module):
             alike = lr, draws, self.record, self.factors
-            sums = self.engine.reduce(self._sums(evaluate, draws, step), alike)
-        losses, weights = sums[..., 0] / sums[..., 1], sums[..., 1].sum(1)
+            points = self.engine.reduce(self._points(evaluate, draws, step), alike)
+        losses, sums = points[..., 0] / points[..., 1], points[0]
+        weights = sums[..., 1].sum(1)
         of_sides = (sums[..., 0].sum(0) / sums[..., 1].sum(0)).tolist()
-        slopes = self.estimator.slopes(losses, self.eps)
+        slopes, *at_anchor = (self.estimator.slopes(of_point, self.eps) for of_point in losses)
+        used = slopes.new_tensor(self.coefficients.of(slopes.tolist())) - sum(at_anchor)
         # Each direction's share of the rows (or tokens): the update is the mean over all rows.
-        coefs = slopes.new_tensor(self.coefficients.of(slopes.tolist())) * weights / weights.sum()
+        coefs = used * weights / weights.sum()
         # Most estimators tell none.
-        bends = zip(self.estimator.curvatures(losses, self.eps).tolist(), weights.tolist(), strict=False)
+        bends = zip(self.estimator.curvatures(losses[0], self.eps).tolist(), weights.tolist(), strict=False)
         told = slopes.tolist(), coefs.tolist(), of_sides[:2], list(bends)
         self.record = StepRecord.of(step, lr, draws, *told)
         if not self.record.finite:
@@ -189,15 +204,20 @@ class ZeroOrder(torch.optim.Optimizer):
         return float(sums[..., 0].sum() / sums[..., 1].sum())
 
     def _finish(self, record: StepRecord, draws: list[Draw]) -> None:
+        at_anchor = self.anchor.due(record.step)
+        if at_anchor:
+            self.anchor.drop(record, self.factors, self.engine.spans(self.params))
         if record.lr:
-            self._write(record)
-        self.sampler.observe(draws, record.slopes)
+            self._write(record, draws)
+        if not at_anchor:
+            self.sampler.observe(draws, record.slopes)
         self.coefficients.observe(record.slopes)
         self.scale.observe(record)
         self.skipped_in_a_row = 0
 
-    def _write(self, record: StepRecord) -> None:
+    def _write(self, record: StepRecord, draws: list[Draw]) -> None:
         terms, curved = record.terms, self.curvature.terms(record)
+        of_anchor = self.anchor.terms(record, draws)
         params = {p.name: (p, arm) for arm in sorted(terms) for p in self.arms[arm].params}
         for arm in terms:
             self.writes[arm] += 1
@@ -206,7 +226,9 @@ class ZeroOrder(torch.optim.Optimizer):
             args = self.rule, self.rounding, self.noise, record.step, record.lr, self.writes[arm], self.mask
             factor = self.factors.get(span.name, 1.0)
             mine = [(d, coef * factor) for d, coef in terms[arm]]
-            update_span(span, param, mine, *args, self.written[arm], self.curvature, curved.get(arm, ()))
+            earlier = self.anchor.earlier(of_anchor.get(arm, ()), span.name, factor)
+            more = self.written[arm], self.curvature, curved.get(arm, ()), earlier
+            update_span(span, param, mine, *args, *more)
         for arm in terms:
             self.written[arm] = record.step
         self.engine.publish()
@@ -222,7 +244,7 @@ class ZeroOrder(torch.optim.Optimizer):
         if record.step != self.step_count:
             raise TrajectoryError(f"step {record.step} cannot follow: the next is step {self.step_count}")
         self.factors = self.scale.factors(self.engine)
-        draws = [self.sampler.draw(record.step, d) for d in range(len(record.slopes))]
+        draws = self._draws(record.step, len(record.slopes))
         if tuple(draw.arms for draw in draws) != record.arms:
             raise TrajectoryError(
                 f"step {record.step} drew other arms than {type(self.sampler).__name__} draws here: the log "
@@ -235,6 +257,18 @@ class ZeroOrder(torch.optim.Optimizer):
             self._finish(record, draws)
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+
+    def _draws(self, step: int, directions: int) -> list[Draw]:
+        sampler = self.anchor.sampler if self.anchor.due(step) else self.sampler
+        return [sampler.draw(step, d) for d in range(directions)]
+
+    def _points(self, evaluate: Callable[[StepProbes], Tensor], draws: list[Draw], step: int) -> Tensor:
+        """The sums at the weights and, in a step that is compared with an anchor, those at the anchor."""
+        sums = [self._sums(evaluate, draws, step)]
+        if self.anchor.every and not self.anchor.due(step):
+            with self.anchor.in_place(self.engine, self.params):
+                sums.append(self._sums(evaluate, draws, step))
+        return torch.stack(sums)
 
     def _sums(self, evaluate: Callable[[StepProbes], Tensor], draws: list[Draw], step: int) -> Tensor:
         try:
@@ -289,10 +323,11 @@ class ZeroOrder(torch.optim.Optimizer):
         # A weight is shifted where the model computes, and written where its span is.
         kinds = {(p.param.dtype, self.engine.device) for p in self.params}
         kinds |= {(span.flat.dtype, span.flat.device) for span in self.engine.spans(self.params)}
-        unfused = bool(self.mask.thresholds) or self.curvature.used
+        unfused = bool(self.mask.thresholds or self.anchor.every) or self.curvature.used
+        most = max(self.directions, self.anchor.directions)
         self.noise.warm_up(
             kinds,
-            lambda w: use_each_kernel(w, self.rule, self.rounding.mode, self.noise, self.directions, unfused),
+            lambda w: use_each_kernel(w, self.rule, self.rounding.mode, self.noise, most, unfused),
         )
         if self.self_check:
             with evaluating(self.engine.module):
@@ -311,13 +346,14 @@ class ZeroOrder(torch.optim.Optimizer):
     @property
     def parts(self) -> dict[str, Part]:
         """What makes a write of slopes, by name: with these, and noise and rounding, a log is replayed."""
-        names = ("sampler", "coefficients", "rule", "scale", "mask", "curvature")
+        names = ("sampler", "coefficients", "rule", "scale", "mask", "curvature", "anchor")
         return {name: getattr(self, name) for name in names}
 
     @property
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """What this rank keeps beside its spans: by what it is, and by canonical name."""
-        return {"lost": self.rounding.lost, "curvature": self.curvature.kept, **self.rule.kept}
+        kept = {"lost": self.rounding.lost, "curvature": self.curvature.kept, "anchor": self.anchor.weights}
+        return kept | self.rule.kept
 
     @property
     def scalars(self) -> dict[str, Any]:
@@ -344,12 +380,12 @@ class ZeroOrder(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up `state_dict`; raises ValueError if it is of other arms, shards, rule or rounding."""
+        """Take up `state_dict`; ValueError if it is of other arms, shards, rule, rounding or anchor."""
         saved = _tensors(state_dict["beside"])
         mine = _tensors(self.beside)
         if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in mine.items()}:
             raise ValueError(
-                "the saved state is of other shards, or of another rule or rounding: it holds "
+                "the saved state is of other shards, or of another rule, rounding or anchor: it holds "
                 f"{sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} spans, this rank has "
                 f"{sorted({kind for kind, _ in mine}) or 'nothing'} of {len(mine)}"
             )

@@ -150,7 +150,7 @@ class LearnedScale(Scale):
         inputs[rows] = inputs_of([moments[p.name] for p in self.params], self._losses, self._sigmas)
         with torch.no_grad():
             found = self._nets(inputs)[rows].tolist()
-        self._found = [_cut(sigma) for sigma in found]
+        self._found = [cut(sigma) for sigma in found]
         return _of_mean_square_1(
             {p.name: sigma for p, sigma in zip(self.params, self._found, strict=True)}, self._energies
         )
@@ -227,10 +227,10 @@ def _of_mean_square_1(factors: dict[str, float], counts: dict[str, float]) -> di
     if not energy > 0.0:
         return {}
     common = math.sqrt(math.fsum(counts[name] for name in factors) / energy)
-    return {name: _cut(factor * common) for name, factor in factors.items()}
+    return {name: cut(factor * common) for name, factor in factors.items()}
 
 
-def _cut(x: float) -> float:
-    """`x` with so many bits as other machines agree on."""
+def cut(x: float) -> float:
+    """`x` with so many bits as other machines, with functions of their own, agree on."""
     mantissa, exponent = math.frexp(x)
     return math.ldexp(round(mantissa * (1 << _BITS)), exponent - _BITS)

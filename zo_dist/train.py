@@ -88,6 +88,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         structure=None if settings.structure is None else settings.structure.build(),
         mask=settings.mask,
         curvature=settings.curvature,
+        anchor=settings.anchor,
         rounding=settings.rounding,
         seed=settings.seed,
         max_skipped=settings.max_skipped,

@@ -40,6 +40,7 @@ def update_span(
     last: int = -1,
     curvature: Curvature | None = None,
     curved: Sequence[tuple[int, float]] = (),
+    earlier: tuple[int, Sequence[tuple[int, float]]] | None = None,
 ) -> None:
     """Apply all directions to one span: one read and one write of each weight.
 
@@ -47,11 +48,12 @@ def update_span(
     added up in float32 in the order given, so the result does not depend on how weights are cut.
     `writes`: as of `Rule.move`; `last`: the step that wrote before, or -1. What `mask` leaves out stays as it
     is, with all that is kept beside it, but for what a factored rule keeps of sides. `curved`: what
-    `curvature` learns from, `(direction, curvature)`.
+    `curvature` learns from, `(direction, curvature)`. `earlier`: another step, and terms of it that are added
+    after those of this one.
     """
     mask, curvature = mask or Mask(), curvature or Curvature()
-    # The fused forms know no mask, no curvature, and no noise that is made of two sides.
-    plain = not (mask.cuts(span.name) or curvature.used or noise.has_sides(span.name))
+    # The fused forms know one step, no mask, no curvature, and no noise that is made of two sides.
+    plain = not (mask.cuts(span.name) or curvature.used or noise.has_sides(span.name) or earlier)
     fused = type(rule) is SGD and plain
     remaining = rule.remaining(lr, param.shape)
     if fused and noise.in_native(span.flat):
@@ -83,6 +85,8 @@ def update_span(
                 else:
                     for piece, total in thin.pieces(offset, len(exact)):
                         exact[piece] = total
+                if earlier is not None:
+                    noise.accumulate(exact, span.name, *earlier, offset)
                 if h is not None:
                     curvature.precondition(exact, h, noise, span.name, step, curved, offset)
                 move = exact if moved else rule.move(exact, kept, writes)
@@ -124,7 +128,7 @@ def use_each_kernel(
 ) -> None:
     """Shift and update flat scratch `weights` in each way that a run will, so that all is compiled.
 
-    `unfused`: a mask cuts some of the run's parameters, or a curvature divides all estimates.
+    `unfused`: some writes of the run are not fused, whatever its rule.
     """
     outs = [torch.empty_like(weights), torch.empty_like(weights)]
     noise.shift(outs, weights, "", 0, 0, 0, [0.0, 0.0])

@@ -52,10 +52,10 @@ ARMS = {
     ),
 }
 
-# One row per run: (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule, mask.
-# Of all combinations of these and of (engine, ranks), each pair of values of different columns is in
+# One row per run: (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule, mask,
+# anchor. Of all combinations of these and of (engine, ranks), each pair of values of different columns is in
 # one of the runs.
-Combo = tuple[tuple[str, str], int, str, str, str, str, str, str, str]
+Combo = tuple[tuple[str, str], int, str, str, str, str, str, str, str, str]
 PLACES = tuple((engine, ranks) for engine in table.MAIN_ENGINES for ranks in table.RANKS)
 RUNS = table.all_pairs(
     PLACES,
@@ -68,15 +68,28 @@ RUNS = table.all_pairs(
     tuple(table.COEFFICIENTS),
     tuple(table.RULES),
     tuple(table.MASKS),
+    tuple(table.ANCHORS),
 )
 # For engines that share their code with a main one: each direction count, mode and dtype once.
+F32, BF16 = ("float32", "stochastic"), ("bfloat16", "stochastic")
 FEW: list[Combo] = [
-    (("float32", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all"),
-    (("bfloat16", "kahan"), 8, "uniform", "module", "gaussian", "one_sided", "fzoo", "adam", "small"),
-    (("float16", "stochastic"), 2, "dense", "shard", "rademacher", "two_sided", "raw", "momentum", "all"),
-    (("bfloat16", "stochastic"), 1, "adalezo", "shard", "lozo", "two_sided", "rms", "sgd", "small"),
-    (("float32", "stochastic"), 3, "adalezo", "module", "subzero", "two_sided", "raw", "lozo_m", "all"),
-    (("bfloat16", "stochastic"), 3, "adalezo", "module", "gaussian", "three_sided", "raw", "sgd", "all"),
+    (F32, 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all", "third"),
+    (("bfloat16", "kahan"), 8, "uniform", "module", "gaussian", "one_sided", "fzoo", "adam", "small", "none"),
+    (
+        ("float16", "stochastic"),
+        2,
+        "dense",
+        "shard",
+        "flipout",
+        "two_sided",
+        "raw",
+        "momentum",
+        "all",
+        "none",
+    ),
+    (BF16, 1, "adalezo", "shard", "lozo", "two_sided", "rms", "sgd", "small", "none"),
+    (F32, 3, "adalezo", "module", "subzero", "two_sided", "raw", "lozo_m", "all", "none"),
+    (BF16, 3, "adalezo", "module", "gaussian", "three_sided", "raw", "sgd", "all", "none"),
 ]
 
 
@@ -87,7 +100,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
     """
     import torch.distributed as dist
 
-    (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule, mask = combo
+    (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule, mask, anchor = combo
     share = SHARES[dist.get_world_size()]
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
     mine = [cut(batch, a, b) for a, b in share[dist.get_rank()]]
@@ -103,6 +116,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         perturb=table.mode_of(engine, dist.get_world_size(), mode, estimator),
         noise=noise,
         mask=mask,
+        anchor=anchor,
         rounding=rounding,
         **options,
     )
@@ -124,8 +138,9 @@ def weights_of_reference(
     kind: str, combo: Combo, given: bool, weight_decay: float = 0.0
 ) -> tuple[dict[str, Any], list[float]]:
     """What `final_weights` should be, and the loss of each step."""
-    (dtype, rounding), directions, sampler, _, noise, estimator, shape, rule, mask = combo
+    (dtype, rounding), directions, sampler, _, noise, estimator, shape, rule, mask, anchor = combo
     small = table.MASKS[mask]
+    dropped = table.ANCHORS[anchor]
     method, options = table.REFERENCE[sampler]
     reference = Reference(
         build(kind, table.dtype_of(dtype)),
@@ -142,6 +157,7 @@ def weights_of_reference(
         shape=shape,
         options=options,
         share=1.0 if small is None else small.share,
+        anchor=dropped and (dropped.every, directions, dropped.lr_ratio),
     )
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
     loss = (
@@ -201,7 +217,8 @@ def test_given_losses_leave_the_same_bits_on_a_language_model(
 def test_the_bits_do_depend_on_what_they_should() -> None:
     """A digest of nothing, or losses that do not reach the weights, would make all above pass."""
     base: Combo = (
-        ("bfloat16", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all"
+        ("bfloat16", "stochastic"), 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all",
+        "none",
     )  # fmt: skip
     others: list[Combo] = [
         (("bfloat16", "kahan"), *base[1:]),
@@ -211,12 +228,13 @@ def test_the_bits_do_depend_on_what_they_should() -> None:
         *((*base[:4], noise, *base[5:]) for noise in table.NOISES if noise != "rademacher"),
         *((*base[:5], estimator, *base[6:]) for estimator in table.ESTIMATORS if estimator != "two_sided"),
         *((*base[:6], shape, *base[7:]) for shape in table.COEFFICIENTS if shape != "raw"),
-        *((*base[:7], rule, base[8]) for rule in table.RULES if rule not in ("sgd", *table.OF_FULL_RANK)),
-        *((*base[:4], "lozo", *base[5:7], rule, base[8]) for rule in ("momentum", "lozo_m")),
-        (*base[:8], "small"),
+        *((*base[:7], rule, *base[8:]) for rule in table.RULES if rule not in ("sgd", *table.OF_FULL_RANK)),
+        *((*base[:4], "lozo", *base[5:7], rule, *base[8:]) for rule in ("momentum", "lozo_m")),
+        (*base[:8], "small", "none"),
+        (*base[:9], "third"),
     ]
     start = digest(dict(build("sequential", torch.bfloat16).named_parameters()))
-    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 27
+    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 28
 
 
 # End to end: the losses are the model's own.
@@ -247,11 +265,12 @@ GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0}
     [*PLACES, *((engine, 2) for engine in ("fsdp2_offload", "zero3_init", "zero2")), ("hsdp_2x2", 4)],
 )
 @pytest.mark.parametrize(
-    ("sampler", "directions", "mode", "mask"),
+    ("sampler", "directions", "mode", "mask", "anchor"),
     [
-        ("dense", 1, "module", "all"),
-        ("adalezo", 3, "module", "all"),
-        ("uniform", 2, "shard", "small"),
+        ("dense", 1, "module", "all", "none"),
+        ("adalezo", 3, "module", "all", "none"),
+        ("uniform", 2, "shard", "small", "none"),
+        ("dense", 2, "module", "all", "third"),
     ],
 )
 def test_own_losses_give_the_trajectory_of_the_reference(
@@ -262,10 +281,12 @@ def test_own_losses_give_the_trajectory_of_the_reference(
     directions: int,
     mode: str,
     mask: str,
+    anchor: str,
 ) -> None:
     _skip_without_deepspeed(engine)
     combo: Combo = (
-        ("float32", "stochastic"), directions, sampler, mode, "rademacher", "two_sided", "raw", "sgd", mask
+        ("float32", "stochastic"), directions, sampler, mode, "rademacher", "two_sided", "raw", "sgd", mask,
+        anchor,
     )  # fmt: skip
     results = pool(num_ranks).run(trajectory_on_rank, engine, "llama", combo)
     assert len({r["digest"] for r in results}) == 1
