@@ -307,7 +307,7 @@ def test_h_is_in_the_log_and_in_a_snapshot(tmp_path: Path) -> None:
     taken = make(**options)
     taken.load_state_dict(ran.state_dict())
     assert digest(taken.curvature.kept) == digest(ran.curvature.kept)
-    with pytest.raises(ValueError, match="another rule or rounding"):
+    with pytest.raises(ValueError, match="another rule, rounding, curvature or anchor"):
         make(**{**options, "estimator": "two_sided"}).load_state_dict(ran.state_dict())
     with pytest.raises(TrajectoryError, match=r"curvature is .*0.5.* here, but was .*0.125"):
         replay(make(**options, smoothing=0.5), tmp_path / "log")

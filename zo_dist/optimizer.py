@@ -385,8 +385,8 @@ class ZeroOrder(torch.optim.Optimizer):
         mine = _tensors(self.beside)
         if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in mine.items()}:
             raise ValueError(
-                "the saved state is of other shards, or of another rule, rounding or anchor: it holds "
-                f"{sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} spans, this rank has "
+                "the saved state is of other shards, or of another rule, rounding, curvature or anchor: it "
+                f"holds {sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} spans, this rank has "
                 f"{sorted({kind for kind, _ in mine}) or 'nothing'} of {len(mine)}"
             )
         self.scalars = state_dict["scalars"]
