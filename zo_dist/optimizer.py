@@ -386,8 +386,8 @@ class ZeroOrder(torch.optim.Optimizer):
         if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in mine.items()}:
             raise ValueError(
                 "the saved state is of other shards, or of another rule, rounding, curvature or anchor: it "
-                f"holds {sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} spans, this rank has "
-                f"{sorted({kind for kind, _ in mine}) or 'nothing'} of {len(mine)}"
+                f"holds {sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} spans, this rank "
+                f"has {sorted({kind for kind, _ in mine}) or 'nothing'} of {len(mine)}"
             )
         self.scalars = state_dict["scalars"]
         for key, tensor in saved.items():
