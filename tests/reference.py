@@ -28,10 +28,10 @@ RowLoss = Callable[[nn.Module, dict[str, Tensor]], Any]
 class Reference:
     """One optimizer; `step` takes the rows of all ranks at once.
 
-    `arms`: the parameter names of each arm. `method`: `mezo`, `lezo` or `adalezo`, with its
-    `options` (sparsity; ratio, tau, gamma, alpha, clip). `rule`, `shape`: what becomes of an estimate
-    and of slopes, by the names of `move` and `shaped`. `share`: how many of each matrix's weights, the
-    smallest when this is made, are trained.
+    `arms`: the parameter names of each arm. `method`: `mezo`, `lezo`, `adalezo` or `fitted_adalezo`, with
+    its `options` (sparsity; ratio, tau, gamma, alpha, clip; memory, spread, prefix). `rule`, `shape`: what
+    becomes of an estimate and of slopes, by the names of `move` and `shaped`. `share`: how many of each
+    matrix's weights, the smallest when this is made, are trained.
     """
 
     def __init__(
@@ -59,8 +59,11 @@ class Reference:
         self.rule, self.shape, self.all_slopes = rule, shape, list[list[float]]()
         self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
         self.options = {"sparsity": 0.75, "ratio": 0.2, "tau": 0.6, "gamma": 0.1, "alpha": 0.1, "clip": 4.0}
-        self.options.update(options or {})
+        self.options.update({"memory": 1000.0, "spread": 1.0, "prefix": 0.0}, **(options or {}))
         self.scores = [0.0] * len(arms)  # AdaLeZO's q
+        self.fitted = np.ones(len(arms))
+        # Of each direction so far: its step, who was drawn, the square of its slope once cut, its precision.
+        self.seen: list[tuple[int, np.ndarray, float, float]] = []
         self.lost = {name: torch.zeros_like(p) for name, p in self.weights().items()}
         self.step_number = 0
         self.highest = dict.fromkeys(self.weights(), math.inf)
@@ -75,6 +78,10 @@ class Reference:
     # Samplers
 
     def probabilities(self) -> list[float]:
+        if self.method == "fitted_adalezo":
+            cost = 1 - self.options["prefix"] * np.linspace(0, 1, len(self.arms))
+            roots, gamma = np.sqrt(self.fitted / cost), self.options["gamma"]
+            return ((1 - gamma) * roots / roots.sum() + gamma / len(roots)).tolist()
         top = max(self.scores)
         scaled = [q / top if top > 1e-6 else q for q in self.scores]
         exps = [math.exp(s / self.options["tau"]) for s in scaled]
@@ -96,6 +103,35 @@ class Reference:
         drawn = sorted(sum(u >= edge for edge in edges) for u in uniform(draws))
         clip = self.options["clip"]
         return {arm: drawn.count(arm) * min(1 / (draws * p[arm]), clip) for arm in drawn}
+
+    def fit(self, draws: Sequence[Mapping[int, float]], slopes: Sequence[float]) -> None:
+        """FittedAdaLeZO: the posterior means, from all that was seen."""
+        for drawn, slope in zip(draws, slopes, strict=True):
+            members = np.array([float(arm in drawn) for arm in range(len(self.arms))])
+            expected = max(float(members @ self.fitted), members.sum() / 4)
+            square = slope**2
+            if self.seen:
+                square = min(square, 9 * expected * self.running_size(len(self.seen)))
+            self.seen.append((self.step_number, members, square, 1 / (2 * expected**2)))
+        spread = self.options["spread"]
+        matrix = np.eye(len(self.arms)) / spread**2
+        target = np.ones(len(self.arms)) * (1 - 2 / np.pi * spread**2) / spread**2
+        for i, (step, members, square, precision) in enumerate(self.seen):
+            weight = precision * (1 - 1 / self.options["memory"]) ** (self.step_number - step)
+            matrix += weight * np.outer(members, members)
+            target += weight * members * square / self.running_size(i + 1)
+        for arm in range(len(self.arms)):
+            others = matrix[arm] @ self.fitted - matrix[arm, arm] * self.fitted[arm]
+            mean, variance = (target[arm] - others) / matrix[arm, arm], 1 / matrix[arm, arm]
+            self.fitted[arm] = (mean + np.sqrt(mean**2 + 8 / np.pi * variance)) / 2
+
+    def running_size(self, count: int) -> float:
+        """The mean square per drawn arm over the first `count` directions, the later ones weighing more."""
+        weights = [0.98 ** (count - 1 - i) for i in range(count)]
+        squares = sum(w * square for w, (_, _, square, _) in zip(weights, self.seen, strict=False))
+        return squares / sum(
+            w * members.sum() for w, (_, members, _, _) in zip(weights, self.seen, strict=False)
+        )
 
     # The step
 
@@ -143,6 +179,8 @@ class Reference:
             for arm in drawn:
                 alpha = self.options["alpha"]
                 self.scores[arm] = (1 - alpha) * self.scores[arm] + alpha * abs(slope)
+        if self.method == "fitted_adalezo":
+            self.fit(draws, slopes)
         self.step_number += 1
         return seen[0] / seen[1]
 

@@ -29,12 +29,15 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "dense": zo_dist.Dense,
     "uniform": lambda: zo_dist.Uniform(sparsity=0.5),
     "adalezo": lambda: zo_dist.AdaLeZO(ratio=0.6),
+    # So short a memory that 20 steps outlast it.
+    "fitted_adalezo": lambda: zo_dist.FittedAdaLeZO(ratio=0.6, memory=8.0, prefix=0.5),
 }
 # The reference's method and options for the same sampler.
 REFERENCE: dict[str, tuple[str, dict[str, float]]] = {
     "dense": ("mezo", {}),
     "uniform": ("lezo", {"sparsity": 0.5}),
     "adalezo": ("adalezo", {"ratio": 0.6}),
+    "fitted_adalezo": ("fitted_adalezo", {"ratio": 0.6, "memory": 8.0, "prefix": 0.5}),
 }
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "two_sided": zo_dist.TwoSided,

@@ -232,7 +232,7 @@ def trajectory_of_reference(kind: str, combo: Combo) -> tuple[dict[str, Any], fl
 
 
 # AdaLeZO learns from slopes: see the comment in test_reference.py.
-GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0}
+GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0, "fitted_adalezo": 250.0}
 
 
 @pytest.mark.parametrize(
