@@ -184,9 +184,9 @@ class AdaLeZO(Bandit):
 
     def _learn(self, q: list[float], visits: list[float]) -> None:
         self.q, self.visits = q, visits
-        q = self._corrected() if self.correct else q
-        top = max(q)
-        scores = [x / top for x in q] if self.normalise and top > 1e-6 else q
+        self.scores = self._corrected() if self.correct else q
+        top = max(self.scores)
+        scores = [x / top for x in self.scores] if self.normalise and top > 1e-6 else self.scores
         highest = max(scores)
         self._prefer([math.exp((s - highest) / self.tau) for s in scores])
 
