@@ -225,7 +225,10 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     if arguments.model:
         engine = Engine(nn.Identity(), initialize_process_group())
-        lines += on_model(arguments, engine)
+        for line in on_model(arguments, engine):
+            # A run takes minutes; what it has found by then is not to be lost with it.
+            print(json.dumps(line), flush=True)
+            lines.append(line)
     else:
         for arms in arguments.arms:
             for directions in arguments.directions:
