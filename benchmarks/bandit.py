@@ -3,18 +3,18 @@
     python -m benchmarks.bandit [--arms 34 82] [--directions 1 4 16] [--json FILE]
     python -m benchmarks.bandit --model smollm2 [--steps 60] [--directions 8] [--json FILE]
 
-The first is a simulation: arms with log-normal gradient norms, slopes that are normal with the sum of the
-drawn arms' squared norms as variance; no model. The second takes the quickstart's model and sentences, at
-the starting weights (lr 0): what each bandit has learnt by its own draws, against the squared gradient of
-each arm by autograd, on held-out rows in batches as large as a direction's. Columns:
+The first is a simulation: equal arms with log-normal gradient norms, slopes that are normal with the sum of
+the drawn arms' squared norms, as they are weighted in the probe, as variance; no model. The second takes
+the quickstart's model and sentences, at the starting weights (lr 0): what each bandit has learnt by its own
+draws, against the squared gradient of each arm by autograd, on held-out rows in batches as large as a
+direction's. Columns:
 
-* `norms`: correlation of what was learnt with the arms' true gradient norms.
-* `drawing`: the variance that drawing arms brings into an unbiased update (clip .inf), `sum of v (1 - p) /
-  (K p)`, over its least value, that of p like sqrt(v). Exact, from p and the true v.
-* `whole`: the variance of one direction's whole estimate, noise of the other arms in it and all, over that
-  of uniform p. Exact for signs; arms of equal size in the simulation.
+* `norms`: correlation of what was learnt with the arms' true gradient norms (for the fit, times their sizes).
+* `whole`: the variance of one direction's whole estimate, noise of the other arms in it and all, over that of
+  `dense`, which takes as many forwards. Computed from p and the true norms, not sampled; exact for signs.
 
-LeZO's updates are weighted up by arms / kept here, to be unbiased too.
+No weight is clipped, and LeZO's updates are weighted up by arms / kept, so that all are unbiased.
+docs/methods.md derives the formulas.
 """
 
 from __future__ import annotations
@@ -38,66 +38,79 @@ from zo_dist.config import load_config
 from zo_dist.engines import Engine, initialize_process_group
 from zo_dist.loop import build_batches
 from zo_dist.noise import Noise
-from zo_dist.samplers import Bandit, Draw
+from zo_dist.samplers import Bandit, Weigh
 from zo_dist.tasks import choice_loss
 from zo_dist.train import Prepared, build_optimizer, prepare
 
 RATIO = 0.2
 MARKS = (50, 200, 1000)
+# Weights in an arm of the simulation: many, as in a layer.
+SIZE = 1_000_000
 BANDITS: dict[str, Callable[[], Bandit]] = {
     "adalezo": lambda: AdaLeZO(RATIO, clip=math.inf),
     # Not published: the averages last ten times as long, and are corrected for having begun at 0.
     "adalezo, alpha .01, correct": lambda: AdaLeZO(RATIO, clip=math.inf, alpha=0.01, correct=True),
-    "fitted_adalezo": lambda: FittedAdaLeZO(RATIO, clip=math.inf),
+    "adalezo, weigh both": lambda: AdaLeZO(RATIO, clip=math.inf, weigh="both"),
+    "fitted_adalezo, draws 6": lambda: FittedAdaLeZO(draws=6),
+    "fitted_adalezo": FittedAdaLeZO,
 }
 
 
-def drawing_variance(v: Sequence[float], p: Sequence[float], draws: int) -> float:
-    """Of `sum of (n / (K p)) gradient`, n counting K draws with replacement, around the gradient."""
-    return math.fsum(x * (1.0 - q) / (draws * q) for x, q in zip(v, p, strict=True))
-
-
-def least_drawing_variance(v: Sequence[float], draws: int) -> float:
-    roots = [math.sqrt(x) for x in v]
-    return drawing_variance(v, [root / math.fsum(roots) for root in roots], draws)
-
-
-def whole_variance(v: Sequence[float], p: Sequence[float], draws: int, sizes: Sequence[float]) -> float:
+def whole_variance(
+    v: Sequence[float], p: Sequence[float], draws: int, sizes: Sequence[float], weigh: Weigh
+) -> float:
     """Of one direction's estimate with signs as noise, no clip, around the gradient.
 
-    Arm l moves by `(n / (K p)) g z`, g being the slope along all drawn arms, so by
-    `size_l sum over arms k of E[(n_l / (K p_l))^2; k drawn] v_k` in the mean of its square.
+    `v`: squared gradients of the arms. Arm l moves by `c_l g z_l`, g being the slope along `b_k z_k` of
+    all arms k, so by `size_l sum over k of E[c_l^2 b_k^2] v_k` in the mean of its square, with `c = a`, b = 1
+    where drawn, or both the root of a.
     """
+    moment = _moment_of_updates if weigh == "update" else _moment_of_both
+    total = -math.fsum(v)
+    for arm, size in enumerate(sizes):
+        total += size * math.fsum(x * moment(p, draws, arm, other) for other, x in enumerate(v))
+    return total
+
+
+def _moment_of_both(p: Sequence[float], draws: int, arm: int, other: int) -> float:
+    """`E[a_l a_k]`, the counts of draws being multinomial."""
+    own = 1.0 / (draws * p[arm]) if arm == other else 0.0
+    return 1.0 - 1.0 / draws + own
+
+
+def _moment_of_updates(p: Sequence[float], draws: int, arm: int, other: int) -> float:
+    """`E[a_l^2; k drawn]`."""
 
     def square(chance: float) -> float:
         return draws * chance * (1.0 - chance) + (draws * chance) ** 2
 
-    total = -math.fsum(v)
-    for arm, size in enumerate(sizes):
-        for other, x in enumerate(v):
-            drawn = square(p[arm])
-            if other != arm:
-                drawn -= (1.0 - p[other]) ** draws * square(p[arm] / (1.0 - p[other]))
-            total += size * x * drawn / (draws * p[arm]) ** 2
-    return total
+    drawn = square(p[arm])
+    if other != arm:
+        drawn -= (1.0 - p[other]) ** draws * square(p[arm] / (1.0 - p[other]))
+    return drawn / (draws * p[arm]) ** 2
 
 
 def dense_variance(v: Sequence[float], sizes: Sequence[float]) -> float:
     return (math.fsum(sizes) - 1.0) * math.fsum(v)
 
 
-def uniform_variances(v: Sequence[float], kept: int, sizes: Sequence[float]) -> tuple[float, float]:
-    """LeZO's drawing and whole variance: without replacement, each update times arms / kept."""
+def uniform_variance(v: Sequence[float], kept: int, sizes: Sequence[float]) -> float:
+    """LeZO's: without replacement, each update times arms / kept."""
     arms, total = len(v), math.fsum(v)
     share = kept / arms
     pair = share * (kept - 1) / (arms - 1)
     own = math.fsum(size * x * (share - pair) for size, x in zip(sizes, v, strict=True))
-    whole = (own + pair * math.fsum(sizes) * total) / share**2 - total
-    return total * (1.0 / share - 1.0), whole
+    return (own + pair * math.fsum(sizes) * total) / share**2 - total
 
 
-def learnt_norms(bandit: Bandit) -> list[float]:
-    """In some unit: what the bandit thinks the gradient norms are."""
+def best_probabilities(v: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """Of weights in both: like the root of size times squared gradient."""
+    roots = [math.sqrt(size * x) for size, x in zip(sizes, v, strict=True)]
+    return [root / math.fsum(roots) for root in roots]
+
+
+def learnt_roots(bandit: Bandit) -> list[float]:
+    """In some unit: the gradient norms that the bandit believes in; for the fit, over the root of sizes."""
     if isinstance(bandit, FittedAdaLeZO):
         return [math.sqrt(x) for x in bandit.v]
     assert isinstance(bandit, AdaLeZO)
@@ -105,42 +118,51 @@ def learnt_norms(bandit: Bandit) -> list[float]:
 
 
 def judged(bandit: Bandit, v: Sequence[float], sizes: Sequence[float]) -> dict[str, float]:
-    norms, learnt = [math.sqrt(x) for x in v], learnt_norms(bandit)
+    learnt = learnt_roots(bandit)
+    if isinstance(bandit, FittedAdaLeZO):
+        learnt = [x * math.sqrt(size) for x, size in zip(learnt, sizes, strict=True)]
+    norms = [math.sqrt(x) for x in v]
     p, draws = bandit.probabilities, bandit.num_draws
-    even = [1.0 / len(v)] * len(v)
     return {
         "norms": statistics.correlation(learnt, norms) if len(set(learnt)) > 1 else 0.0,
-        "drawing": drawing_variance(v, p, draws) / least_drawing_variance(v, draws),
-        "whole": whole_variance(v, p, draws, sizes) / whole_variance(v, even, draws, sizes),
+        "whole": whole_variance(v, p, draws, sizes, bandit.weigh) / dense_variance(v, sizes),
     }
 
 
 def unlearnt(v: Sequence[float], sizes: Sequence[float]) -> Iterator[tuple[str, dict[str, float]]]:
-    """Dense, LeZO, and the probabilities that the bandits seek."""
-    draws = max(1, int(RATIO * len(v)))
-    least, even = least_drawing_variance(v, draws), [1.0 / len(v)] * len(v)
-    of_even = whole_variance(v, even, draws, sizes)
-    yield "dense", {"drawing": 0.0, "whole": dense_variance(v, sizes) / of_even}
-    drawing, whole = uniform_variances(v, draws, sizes)
-    yield "uniform", {"drawing": drawing / least, "whole": whole / of_even}
-    roots = [math.sqrt(x) for x in v]
-    best = [root / math.fsum(roots) for root in roots]
-    yield "p like sqrt(v)", {"drawing": 1.0, "whole": whole_variance(v, best, draws, sizes) / of_even}
+    """LeZO, and the probabilities that bandits seek."""
+    draws, dense = max(1, int(RATIO * len(v))), dense_variance(v, sizes)
+    yield "uniform", {"whole": uniform_variance(v, draws, sizes) / dense}
+    norms, best = best_probabilities(v, [1.0] * len(v)), best_probabilities(v, sizes)
+    told: list[tuple[str, list[float], int, Weigh]] = [
+        (f"p like norms, update, {draws} draws", norms, draws, "update"),
+        (f"p like norms, both, {draws} draws", norms, draws, "both"),
+        (f"best p, both, {draws} draws", best, draws, "both"),
+        ("best p, 1 draw", best, 1, "both"),
+    ]
+    for name, p, count, weigh in told:
+        yield name, {"whole": whole_variance(v, p, count, sizes, weigh) / dense}
+
+
+class QuickUniforms(Noise):
+    """The numbers of draws from Python's generator: some 100 times as fast, and nothing else is used."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._numbers = random.Random(seed)
+
+    def uniforms(self, name: str, step: int, direction: int, numel: int) -> list[float]:
+        return [self._numbers.random() for _ in range(numel)]
 
 
 def learn_from_normals(
     bandit: Bandit, v: Sequence[float], directions: int, steps: int, numbers: random.Random
 ) -> None:
     """So many steps of a bandit that is bound already: slopes are normal, with v of the drawn arms."""
-    arms = range(len(v))
-    for _ in range(steps):
-        draws, slopes = [], []
-        for _ in range(directions):
-            drawn = sorted(set(numbers.choices(arms, bandit.probabilities, k=bandit.num_draws)))
-            # Weights are nothing to learn from.
-            draws.append(Draw(tuple(drawn), (1.0,) * len(drawn)))
-            slopes.append(numbers.gauss(0.0, math.sqrt(math.fsum(v[arm] for arm in drawn))))
-        bandit.observe(draws, slopes)
+    for step in range(steps):
+        draws = [bandit.draw(step, direction) for direction in range(directions)]
+        squares = [sum(b * b * v[arm] for arm, b in zip(d.arms, d.lengths, strict=True)) for d in draws]
+        bandit.observe(draws, [numbers.gauss(0.0, math.sqrt(square)) for square in squares])
 
 
 def log_normal_arms(arms: int, numbers: random.Random) -> list[float]:
@@ -153,12 +175,12 @@ def simulated(arms: int, directions: int, seeds: int) -> Iterator[dict[str, Any]
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     for seed in range(seeds):
         numbers = random.Random(seed)
-        v, sizes = log_normal_arms(arms, numbers), [1.0] * arms
+        v, sizes = log_normal_arms(arms, numbers), [SIZE] * arms
         for name, figures in unlearnt(v, sizes):
             found.setdefault((name, 0), []).append(figures)
         for name, make in BANDITS.items():
             bandit, done = make(), 0
-            bandit.bind(arms, Noise())
+            bandit.bind(sizes, QuickUniforms(seed))
             for mark in MARKS:
                 learn_from_normals(bandit, v, directions, mark - done, numbers)
                 done = mark
@@ -178,7 +200,7 @@ def on_model(arguments: argparse.Namespace, engine: Engine) -> Iterator[dict[str
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     arms = [[p.name for p in arm.params] for arm in optimizer.arms]
-    sizes = [float(arm.numel) for arm in optimizer.arms]
+    sizes = [arm.numel for arm in optimizer.arms]
     exact = prepare(load_config(QUICKSTART, [*overrides, "model.dtype=float32"]), engine)
     v = true_squares(exact, arms, arguments.rows // directions, arguments.truth_batches)
     del exact
@@ -194,7 +216,7 @@ def on_model(arguments: argparse.Namespace, engine: Engine) -> Iterator[dict[str
     batches = build_batches(config, prepared.data, optimizer.engine)
     for name, make in BANDITS.items():
         bandit = make()
-        bandit.bind(len(v), optimizer.noise)
+        bandit.bind(sizes, optimizer.noise)
         # The weights are where they were, so each bandit meets the same steps.
         optimizer.sampler, optimizer.step_count = bandit, 0
         for step in range(arguments.steps):
@@ -256,12 +278,12 @@ def parse() -> argparse.Namespace:
 
 def show(lines: list[dict[str, Any]]) -> None:
     """A table for people, in GitHub's form."""
-    columns = ("arms", "directions", "sampler", "steps", "norms", "drawing", "whole")
+    columns = ("arms", "directions", "sampler", "steps", "norms", "whole")
     print("| " + " | ".join(columns) + " |")
     print("|---" * len(columns) + "|")
     for line in lines:
         cells = [f"{line['arms']}", f"{line['directions']}", line["sampler"], f"{line['steps'] or ''}"]
-        cells += [f"{line[key]:.2f}" if key in line else "" for key in ("norms", "drawing", "whole")]
+        cells += [f"{line[key]:.2f}" if key in line else "" for key in ("norms", "whole")]
         print("| " + " | ".join(cells) + " |")
 
 

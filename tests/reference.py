@@ -29,7 +29,7 @@ class Reference:
     """One optimizer; `step` takes the rows of all ranks at once.
 
     `arms`: the parameter names of each arm. `method`: `mezo`, `lezo`, `adalezo` or `fitted_adalezo`, with
-    its `options` (sparsity; ratio, tau, gamma, alpha, clip; memory, spread, prefix). `rule`, `shape`: what
+    its `options` (sparsity; ratio, tau, gamma, alpha, clip, weigh_both; draws, memory, spread). `rule`, `shape`: what
     becomes of an estimate and of slopes, by the names of `move` and `shaped`. `share`: how many of each
     matrix's weights, the smallest when this is made, are trained.
     """
@@ -59,10 +59,15 @@ class Reference:
         self.rule, self.shape, self.all_slopes = rule, shape, list[list[float]]()
         self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
         self.options = {"sparsity": 0.75, "ratio": 0.2, "tau": 0.6, "gamma": 0.1, "alpha": 0.1, "clip": 4.0}
-        self.options.update({"memory": 1000.0, "spread": 1.0, "prefix": 0.0}, **(options or {}))
+        self.options.update({"weigh_both": False, "draws": 1, "memory": 1000.0, "spread": 1.0})
+        self.options.update(options or {})
         self.scores = [0.0] * len(arms)  # AdaLeZO's q
         self.fitted = np.ones(len(arms))
-        # Of each direction so far: its step, who was drawn, the square of its slope once cut, its precision.
+        shapes = {name: w.shape.numel() for name, w in self.weights().items()}
+        self.sizes = np.array([float(sum(shapes[name] for name in arm)) for arm in arms])
+        self.sizes /= self.sizes.mean()
+        # Of each direction so far: its step, how much of each arm it moved, the square of its slope once cut,
+        # its precision.
         self.seen: list[tuple[int, np.ndarray, float, float]] = []
         self.lost = {name: torch.zeros_like(p) for name, p in self.weights().items()}
         self.step_number = 0
@@ -79,35 +84,39 @@ class Reference:
 
     def probabilities(self) -> list[float]:
         if self.method == "fitted_adalezo":
-            cost = 1 - self.options["prefix"] * np.linspace(0, 1, len(self.arms))
-            roots, gamma = np.sqrt(self.fitted / cost), self.options["gamma"]
-            return ((1 - gamma) * roots / roots.sum() + gamma / len(roots)).tolist()
+            best, gamma = self.sizes * np.sqrt(self.fitted), self.options["gamma"]
+            return ((1 - gamma) * best / best.sum() + gamma * self.sizes / self.sizes.sum()).tolist()
         top = max(self.scores)
         scaled = [q / top if top > 1e-6 else q for q in self.scores]
         exps = [math.exp(s / self.options["tau"]) for s in scaled]
         gamma = self.options["gamma"]
         return [(1 - gamma) * e / sum(exps) + gamma / len(exps) for e in exps]
 
-    def draw(self, direction: int) -> dict[int, float]:
-        """Each drawn arm and the weight of its update."""
+    def draw(self, direction: int) -> dict[int, tuple[float, float]]:
+        """Each drawn arm, and what its noise is multiplied by in the update and in the probe."""
         count = len(self.arms)
         uniform = lambda n: self.noise.uniforms("zo_dist.sampler", self.step_number, direction, n)  # noqa: E731
         if self.method == "mezo":
-            return dict.fromkeys(range(count), 1.0)
+            return dict.fromkeys(range(count), (1.0, 1.0))
         if self.method == "lezo":
             kept = max(1, round((1 - self.options["sparsity"]) * count))
             order = sorted(zip(uniform(count), range(count), strict=True))
-            return dict.fromkeys(sorted(arm for _, arm in order[:kept]), 1.0)
-        draws, p = max(1, int(self.options["ratio"] * count)), self.probabilities()
+            return dict.fromkeys(sorted(arm for _, arm in order[:kept]), (1.0, 1.0))
+        fits, p = self.method == "fitted_adalezo", self.probabilities()
+        draws = int(self.options["draws"]) if fits else max(1, int(self.options["ratio"] * count))
         edges = list(itertools.accumulate(p))[:-1]
         drawn = sorted(sum(u >= edge for edge in edges) for u in uniform(draws))
-        clip = self.options["clip"]
-        return {arm: drawn.count(arm) * min(1 / (draws * p[arm]), clip) for arm in drawn}
+        clip = math.inf if fits else self.options["clip"]
+        weights = {arm: drawn.count(arm) * min(1 / (draws * p[arm]), clip) for arm in drawn}
+        if fits or self.options["weigh_both"]:
+            return {arm: (math.sqrt(a), math.sqrt(a)) for arm, a in weights.items()}
+        return {arm: (a, 1.0) for arm, a in weights.items()}
 
-    def fit(self, draws: Sequence[Mapping[int, float]], slopes: Sequence[float]) -> None:
+    def fit(self, draws: Sequence[Mapping[int, tuple[float, float]]], slopes: Sequence[float]) -> None:
         """FittedAdaLeZO: the posterior means, from all that was seen."""
         for drawn, slope in zip(draws, slopes, strict=True):
-            members = np.array([float(arm in drawn) for arm in range(len(self.arms))])
+            members = np.array([drawn[arm][1] ** 2 if arm in drawn else 0.0 for arm in range(len(self.arms))])
+            members *= self.sizes
             expected = max(float(members @ self.fitted), members.sum() / 4)
             square = slope**2
             if self.seen:
@@ -126,7 +135,7 @@ class Reference:
             self.fitted[arm] = (mean + np.sqrt(mean**2 + 8 / np.pi * variance)) / 2
 
     def running_size(self, count: int) -> float:
-        """The mean square per drawn arm over the first `count` directions, the later ones weighing more."""
+        """The mean square over what was moved in the first `count` directions, later ones weighing more."""
         weights = [0.98 ** (count - 1 - i) for i in range(count)]
         squares = sum(w * square for w, (_, _, square, _) in zip(weights, self.seen, strict=False))
         return squares / sum(
@@ -139,15 +148,17 @@ class Reference:
         shape = self.weights()[name].shape
         return self.noise.values(name, self.step_number, direction, 0, shape.numel()).view(shape)
 
-    def loss_at(self, direction: int, drawn: Sequence[int], sign: float, rows: Any, loss: RowLoss) -> Any:
-        """Summed loss and weight of some rows, on a copy of the model shifted by sign * eps * z."""
-        names = {name for arm in drawn for name in self.arms[arm]}
+    def loss_at(
+        self, direction: int, drawn: Mapping[int, tuple[float, float]], sign: float, rows: Any, loss: RowLoss
+    ) -> Any:
+        """Summed loss and weight of some rows, on a copy of the model shifted by sign * eps * length * z."""
+        lengths = {name: length for arm, (_, length) in drawn.items() for name in self.arms[arm]}
         shifted = dict(self.copy.named_parameters())
         for name, weight in self.weights().items():
             moved = weight.float()
-            if name in names and sign:
+            if name in lengths and sign:
                 z = torch.where(weight.abs() <= self.highest[name], self.z(name, direction), 0.0)
-                moved = moved + z * torch.tensor(sign * self.eps)
+                moved = moved + z * torch.tensor(sign * self.eps * lengths[name])
             shifted[name].data.copy_(moved)
         out = loss(self.copy, rows)
         sums, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
@@ -161,8 +172,8 @@ class Reference:
             drawn = self.draw(direction)
             mine = [r for r in range(total) if r * self.directions // total == direction]
             rows = {key: value[mine] for key, value in batch.items()}
-            high = self.loss_at(direction, list(drawn), 1.0, rows, loss)
-            low = self.loss_at(direction, list(drawn), -1.0 if self.two_sided else 0.0, rows, loss)
+            high = self.loss_at(direction, drawn, 1.0, rows, loss)
+            low = self.loss_at(direction, drawn, -1.0 if self.two_sided else 0.0, rows, loss)
             distance = 2.0 * self.eps if self.two_sided else self.eps
             slopes.append((high[0] / high[1] - low[0] / low[1]) / distance)
             shares.append(high[1] + low[1])
@@ -174,7 +185,7 @@ class Reference:
         for arm, names in enumerate(self.arms):
             if any(arm in drawn for drawn in draws):
                 for name in names:
-                    self.write(name, [(d, coefs[d] * w[arm]) for d, w in enumerate(draws) if arm in w])
+                    self.write(name, [(d, coefs[d] * w[arm][0]) for d, w in enumerate(draws) if arm in w])
         for drawn, slope in zip(draws, slopes, strict=True):
             for arm in drawn:
                 alpha = self.options["alpha"]

@@ -29,15 +29,17 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "dense": zo_dist.Dense,
     "uniform": lambda: zo_dist.Uniform(sparsity=0.5),
     "adalezo": lambda: zo_dist.AdaLeZO(ratio=0.6),
+    "adalezo_both": lambda: zo_dist.AdaLeZO(ratio=0.6, clip=16.0, weigh="both"),
     # So short a memory that 20 steps outlast it.
-    "fitted_adalezo": lambda: zo_dist.FittedAdaLeZO(ratio=0.6, memory=8.0, prefix=0.5),
+    "fitted_adalezo": lambda: zo_dist.FittedAdaLeZO(draws=2, memory=8.0),
 }
 # The reference's method and options for the same sampler.
 REFERENCE: dict[str, tuple[str, dict[str, float]]] = {
     "dense": ("mezo", {}),
     "uniform": ("lezo", {"sparsity": 0.5}),
     "adalezo": ("adalezo", {"ratio": 0.6}),
-    "fitted_adalezo": ("fitted_adalezo", {"ratio": 0.6, "memory": 8.0, "prefix": 0.5}),
+    "adalezo_both": ("adalezo", {"ratio": 0.6, "clip": 16.0, "weigh_both": True}),
+    "fitted_adalezo": ("fitted_adalezo", {"draws": 2, "memory": 8.0}),
 }
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "two_sided": zo_dist.TwoSided,

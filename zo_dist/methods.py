@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from zo_dist.coefficients import Clip, Coefficients, Raw, RootMeanSquare, SignOnly, Standardise
 from zo_dist.rules import SGD, Adam, Moment, Momentum, Rule, Sign
-from zo_dist.samplers import AdaLeZO, Dense, FittedAdaLeZO, Sampler, Uniform
+from zo_dist.samplers import AdaLeZO, Dense, FittedAdaLeZO, Sampler, Uniform, Weigh
 from zo_dist.scale import LearnedScale, RunningScale, Scale
 
 
@@ -80,20 +80,19 @@ class AdaLeZOConfig(SamplerSection):
     clip: float = 4.0
     normalise: bool = True
     correct: bool = False
+    weigh: Weigh = "update"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FittedAdaLeZOConfig(SamplerSection):
-    """AdaLeZO with fitted credit; the options are those of `zo_dist.FittedAdaLeZO`."""
+    """Arms by fitted credit; the options are those of `zo_dist.FittedAdaLeZO`."""
 
     makes = FittedAdaLeZO
     name: Literal["fitted_adalezo"] = "fitted_adalezo"
-    ratio: float = 0.2
+    draws: int = 1
     gamma: float = 0.1
-    clip: float = 4.0
     memory: float = 1000.0
     spread: float = 1.0
-    prefix: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

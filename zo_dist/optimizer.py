@@ -107,7 +107,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 shapes = {p.name: p.shape for p in self.params}
                 self.noise = LowRankNoise(noise, seed, compile, low_rank, shapes)
             self.sampler = sampler or Dense()
-            self.sampler.bind(len(self.arms), self.noise)
+            self.sampler.bind([arm.numel for arm in self.arms], self.noise)
             self.estimator = estimator or TwoSided()
             self.coefficients = coefficients or Raw()
             self.coefficients.bind(directions)
@@ -234,8 +234,14 @@ class ZeroOrder(torch.optim.Optimizer):
 
     def _probes(self, draws: list[Draw], step: int) -> StepProbes:
         drawn = [[p for arm in d.arms for p in self.arms[arm].params] for d in draws]
+        lengths = {
+            (direction, p.name): length
+            for direction, draw in enumerate(draws)
+            for arm, length in zip(draw.arms, draw.lengths, strict=True)
+            for p in self.arms[arm].params
+        }
         perturbation: ModulePerturbation | ShardPerturbation
-        shifts = Shifts(self.noise, step, self.eps, self.factors, self.mask)
+        shifts = Shifts(self.noise, step, self.eps, self.factors, self.mask, lengths)
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
             perturbation = ModulePerturbation(list(union.values()), shifts, self.layers)

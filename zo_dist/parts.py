@@ -40,8 +40,9 @@ class Probe:
 class Shifts:
     """Weights at the probes of one step.
 
-    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`. What `mask` leaves
-    out is as it was.
+    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`, by name; `lengths`
+    are those of draws, by direction and name. Of both, 1 where there is none. What `mask` leaves out is as
+    it was.
     """
 
     noise: Noise
@@ -49,6 +50,7 @@ class Shifts:
     eps: float
     factors: Mapping[str, float] = field(default_factory=dict)
     mask: Mask = field(default_factory=Mask)
+    lengths: Mapping[tuple[int, str], float] = field(default_factory=dict)
 
     def copies(
         self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
@@ -60,7 +62,8 @@ class Shifts:
 
     def size(self, name: str, probe: Probe) -> float:
         """What the noise of a parameter is multiplied by."""
-        return probe.sign * self.eps * self.factors.get(name, 1.0)
+        length = self.lengths.get((probe.direction, name), 1.0)
+        return probe.sign * self.eps * length * self.factors.get(name, 1.0)
 
 
 class Scratch:

@@ -11,34 +11,42 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
+from typing import Literal, get_args
 
 from zo_dist.noise import Noise
 from zo_dist.part import Part
+
+Weigh = Literal["update", "both"]
 
 _STREAM = "zo_dist.sampler"
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The arms of one direction, ascending and unique, and the weight of each one's update."""
+    """The arms of one direction, ascending and unique.
+
+    An arm's noise is multiplied by its `lengths` in the probe (times eps), and by its `weights` in the
+    update (times the coefficient): the mean of their product is what the arm gets of the gradient.
+    """
 
     arms: tuple[int, ...]
     weights: tuple[float, ...]
+    lengths: tuple[float, ...]
 
 
 class Sampler(Part):
     """What all samplers share; `Dense` is the simplest complete one.
 
-    `bind` is called once, by `ZeroOrder`, when the number of arms is known.
+    `bind` is called once, by `ZeroOrder`, with how many weights each arm has.
     """
 
     num_arms: int
     noise: Noise
 
-    def bind(self, num_arms: int, noise: Noise) -> None:
-        if num_arms < 1:
-            raise ValueError(f"a sampler needs at least one arm, not {num_arms}")
-        self.num_arms, self.noise = num_arms, noise
+    def bind(self, sizes: Sequence[int], noise: Noise) -> None:
+        if not sizes:
+            raise ValueError("a sampler needs at least one arm, not 0")
+        self.num_arms, self.noise = len(sizes), noise
 
     def draw(self, step: int, direction: int) -> Draw:
         """The arms of one direction of one step."""
@@ -57,7 +65,8 @@ class Dense(Sampler):
     """Every arm in every direction: MeZO (Malladi et al. 2023, arXiv 2305.17333)."""
 
     def draw(self, step: int, direction: int) -> Draw:
-        return Draw(tuple(range(self.num_arms)), (1.0,) * self.num_arms)
+        ones = (1.0,) * self.num_arms
+        return Draw(tuple(range(self.num_arms)), ones, ones)
 
 
 class Uniform(Sampler):
@@ -82,7 +91,8 @@ class Uniform(Sampler):
         uniforms = self.noise.uniforms(_STREAM, step, direction, self.num_arms)
         ranked = sorted(range(self.num_arms), key=lambda arm: (uniforms[arm], arm))
         kept = tuple(sorted(ranked[: self._num_kept]))
-        return Draw(kept, (1.0,) * len(kept))
+        ones = (1.0,) * len(kept)
+        return Draw(kept, ones, ones)
 
     @property
     def lr_factor(self) -> float:
@@ -92,30 +102,32 @@ class Uniform(Sampler):
 class Bandit(Sampler):
     """Draws with replacement from `probabilities`, which a subclass learns: see `AdaLeZO`.
 
-    K = max(1, int(ratio * num_arms)) draws; an arm drawn n times is perturbed once and its update weighs
-    `n * min(1 / (K p), clip)`, which is unbiased when `clip` is infinite. `ratio` in (0, 1]; `gamma` in
-    [0, 1]: the share of p that is uniform; `clip` > 0, may be infinite.
+    An arm that K draws had n times is perturbed once and has the weight `a = n * min(1 / (K p), clip)`,
+    whose mean is 1 when `clip` is infinite. `weigh`: where a is. In the `update` alone, as published, an arm
+    that is drawn often puts its slope, unweighted, into the updates of all arms drawn along with it, as
+    noise. In `both`, probe and update each have the root of a: the mean is the same, the variance another
+    (docs/methods.md, Samplers). `gamma` in [0, 1]: the share of p that is not learnt; `clip` > 0, may be
+    infinite.
     """
 
     probabilities: list[float]
+    num_draws: int
 
-    def __init__(self, ratio: float, gamma: float, clip: float) -> None:
-        if not 0.0 < ratio <= 1.0:
-            raise ValueError(f"ratio is {ratio}; it must lie in (0, 1]")
+    def __init__(self, gamma: float, clip: float, weigh: Weigh) -> None:
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma is {gamma}; it must lie in [0, 1]")
         if not clip > 0.0:
             raise ValueError(f"clip is {clip}; it must be above 0 (.inf never clips)")
-        self.ratio, self.gamma, self.clip = ratio, gamma, clip
+        if weigh not in get_args(Weigh):
+            raise ValueError(f"weigh is {weigh!r}; use one of {', '.join(get_args(Weigh))}")
+        self.gamma, self.clip, self.weigh = gamma, clip, weigh
 
-    def bind(self, num_arms: int, noise: Noise) -> None:
-        super().bind(num_arms, noise)
-        self.num_draws = max(1, int(self.ratio * num_arms))
-
-    def _prefer(self, preferences: list[float]) -> None:
+    def _prefer(self, preferences: list[float], rest: list[float]) -> None:
+        """p of what was learnt, and of `rest`, whose mean is 1."""
         total = math.fsum(preferences)
         self.probabilities = [
-            (1.0 - self.gamma) * x / total + self.gamma / self.num_arms for x in preferences
+            (1.0 - self.gamma) * x / total + self.gamma * y / self.num_arms
+            for x, y in zip(preferences, rest, strict=True)
         ]
 
     def draw(self, step: int, direction: int) -> Draw:
@@ -128,7 +140,11 @@ class Bandit(Sampler):
                 arm += 1
             counts[arm] = counts.get(arm, 0) + 1
         arms = tuple(sorted(counts))
-        return Draw(arms, tuple(counts[arm] * self._weight(arm) for arm in arms))
+        weights = tuple(counts[arm] * self._weight(arm) for arm in arms)
+        if self.weigh == "update":
+            return Draw(arms, weights, (1.0,) * len(arms))
+        roots = tuple(map(math.sqrt, weights))
+        return Draw(arms, roots, roots)
 
     def _weight(self, arm: int) -> float:
         # An arm whose probability underflowed to 0 (tau tiny, gamma 0) cannot have been drawn.
@@ -150,10 +166,13 @@ class Bandit(Sampler):
 class AdaLeZO(Bandit):
     """A bandit over arms (arXiv 2604.18264, with the details of its published code).
 
-    Draws and weights are those of `Bandit`, `p = (1 - gamma) * softmax(score / tau) + gamma / num_arms`.
-    After a step `q <- (1 - alpha) q + alpha |g|` for each drawn arm, direction by direction.
+    Draws and weights are those of `Bandit`, with K = max(1, int(ratio * num_arms)) and
+    `p = (1 - gamma) * softmax(score / tau) + gamma / num_arms`. After a step `q <- (1 - alpha) q + alpha |g|`
+    for each drawn arm, direction by direction.
 
     `ratio` in (0, 1]; `tau` > 0; `gamma` in [0, 1]; `alpha` in (0, 1]; `clip` > 0, may be infinite.
+    `weigh`: as of `Bandit`; `both` is not published. There a seldom drawn arm is perturbed more when it is,
+    and its |g| with it: scores then spread less than with `update`.
     `normalise`: scores are `q / max(q)`, as in the published code but not in the paper's equation;
     without it a softmax over raw slopes collapses onto one arm. `correct`, not published: q begins at 0
     and favours the arms that were drawn early; with it the score is q over `1 - (1 - alpha)^draws`, and an
@@ -170,17 +189,22 @@ class AdaLeZO(Bandit):
         clip: float = 4.0,
         normalise: bool = True,
         correct: bool = False,
+        weigh: Weigh = "update",
     ) -> None:
-        super().__init__(ratio, gamma, clip)
+        super().__init__(gamma, clip, weigh)
+        if not 0.0 < ratio <= 1.0:
+            raise ValueError(f"ratio is {ratio}; it must lie in (0, 1]")
         if not tau > 0.0:
             raise ValueError(f"tau is {tau}; it must be above 0")
         if not 0.0 < alpha <= 1.0:
             raise ValueError(f"alpha is {alpha}; it must lie in (0, 1]")
-        self.tau, self.alpha, self.normalise, self.correct = tau, alpha, normalise, correct
+        self.ratio, self.tau, self.alpha = ratio, tau, alpha
+        self.normalise, self.correct = normalise, correct
 
-    def bind(self, num_arms: int, noise: Noise) -> None:
-        super().bind(num_arms, noise)
-        self._learn([0.0] * num_arms, [0.0] * num_arms)
+    def bind(self, sizes: Sequence[int], noise: Noise) -> None:
+        super().bind(sizes, noise)
+        self.num_draws = max(1, int(self.ratio * self.num_arms))
+        self._learn([0.0] * self.num_arms, [0.0] * self.num_arms)
 
     def _learn(self, q: list[float], visits: list[float]) -> None:
         self.q, self.visits = q, visits
@@ -188,7 +212,7 @@ class AdaLeZO(Bandit):
         top = max(self.scores)
         scores = [x / top for x in self.scores] if self.normalise and top > 1e-6 else self.scores
         highest = max(scores)
-        self._prefer([math.exp((s - highest) / self.tau) for s in scores])
+        self._prefer([math.exp((s - highest) / self.tau) for s in scores], [1.0] * self.num_arms)
 
     def _corrected(self) -> list[float]:
         pairs = list(zip(self.q, self.visits, strict=True))
@@ -221,91 +245,88 @@ _STAYS = 0.98
 # Squares of slopes are cut at so many times what the fit expects: 3 deviations of a normal slope.
 _CUT = 9.0
 
-# A fit may think an arm insensitive, but what is drawn counts at least this much of its mean arm.
+# A fit may think an arm insensitive, but what is drawn counts at least this much of a mean weight.
 _LEAST = 0.25
 
 
 class FittedAdaLeZO(Bandit):
-    """AdaLeZO whose credit is fitted: how sensitive each arm is, from which arms each slope had. (Ours.)
+    """Arms drawn as a whole estimate of least variance wants them, by credit that is fitted. (Ours.)
 
-    With v_l the mean squared gradient of arm l, `E[g^2 | arms] = sum of v over them`, each drawn arm once.
-    AdaLeZO gives all of them the same |g|; here v is the mean of its posterior, given the slopes so far and
-    a prior of arms alike, and `p = (1 - gamma) * sqrt(v / cost) / sum + gamma / num_arms`. Among all p,
-    sqrt(v) gives `sum of v / p`, the variance that drawing brings into an unbiased update, its least value.
-    (Not the variance of the whole estimate: docs/methods.md, Samplers.)
+    Draws and weights are those of `Bandit` with `weigh: both` and no clip, so that `E[g^2 | draw]` is the sum
+    of a |G|^2 over the drawn arms, G being an arm's gradient. Where AdaLeZO gives all of them the same |g|,
+    here v, an arm's squared gradient per weight, is the mean of its posterior, given all slopes so far and a
+    prior of weights alike, and `p = (1 - gamma) * size * sqrt(v) / sum + gamma * size / sum`. Like `size * sqrt(v)`, p
+    has the least variance; like size, where it begins, that of `Dense` (docs/methods.md, Samplers).
 
-    * A squared slope is about m * chi-square of one degree: its deviation is 1.4 times its mean, so many
-      are needed. Each counts by `1 / (2 m^2)`, m being what the fit expects, is cut at 9 m, and is counted
-      in units of a running size of slopes: neither a loss that falls nor one odd batch moves all arms.
+    * `draws`, at least 1: K, how many a direction has. The fewer, the less the variance, and the more each
+      slope tells of its arms: 1 is best, and cheapest.
+    * `gamma` in [0, 1]: no direction is longer than that of `Dense` by more than `1 / sqrt(gamma)`.
     * `memory`, in steps, at least 1 or infinite: an observation's weight falls by `1 / memory` a step. A
-      v is known to about `1.4 m / sqrt(directions * memory * K / num_arms)`: AdaLeZO's memory of 10 draws
-      (alpha = 0.1) would leave noise alone.
+      squared slope is about its mean m times chi-square of one degree, a deviation of 1.4 m, so many are
+      needed: with one draw, an arm of probability p is known to `1.4 / sqrt(p * directions * memory)`.
+      Each counts by `1 / (2 m^2)`, is cut at 9 m, and is counted in units of a running size of slopes:
+      neither a loss that falls nor one odd batch moves all arms.
     * `spread` > 0: the prior's deviation, in means; log-normal arms of sigma 0.8 have 1.
-    * `prefix` in [0, 1): how much of a step's time is saved when the last arm alone is drawn, for layers
-      before the first drawn one run once for all probes. Cost is `1 - prefix * place`, with places from 0
-      to 1 in the order of arms, which is that of the forward. It is a model of single arms: with many
-      draws, one of them is early anyway. 0 does not look at cost.
 
-    State: num_arms squared floats; a step takes some num_arms^2 operations and arms^2 per direction, in
+    State: num_arms squared floats; a step takes some num_arms^2 operations and K^2 per direction, in
     plain float64 in a fixed order: 0.5 ms for 34 arms, and the same bits on every rank and machine.
     """
 
     def __init__(
-        self,
-        ratio: float = 0.2,
-        gamma: float = 0.1,
-        clip: float = 4.0,
-        memory: float = 1000.0,
-        spread: float = 1.0,
-        prefix: float = 0.0,
+        self, draws: int = 1, gamma: float = 0.1, memory: float = 1000.0, spread: float = 1.0
     ) -> None:
-        super().__init__(ratio, gamma, clip)
+        super().__init__(gamma, math.inf, "both")
+        if draws < 1:
+            raise ValueError(f"draws is {draws}; it must be at least 1")
         if not memory >= 1.0:
             raise ValueError(f"memory is {memory}; it must be at least 1 (.inf never forgets)")
         if not 0.0 < spread < math.inf:
             raise ValueError(f"spread is {spread}; it must be finite and above 0")
-        if not 0.0 <= prefix < 1.0:
-            raise ValueError(f"prefix is {prefix}; it must lie in [0, 1)")
-        self.memory, self.spread, self.prefix = memory, spread, prefix
+        self.num_draws, self.memory, self.spread = draws, memory, spread
 
-    def bind(self, num_arms: int, noise: Noise) -> None:
-        super().bind(num_arms, noise)
-        self._costs = [1.0 - self.prefix * arm / max(num_arms - 1, 1) for arm in range(num_arms)]
+    def bind(self, sizes: Sequence[int], noise: Noise) -> None:
+        super().bind(sizes, noise)
+        # Of each arm, over the mean arm's.
+        self._sizes = [size * self.num_arms / sum(sizes) for size in sizes]
         # Normal equations of the weighted least squares, and sum and weight of the running size.
-        self._matrix = [[0.0] * num_arms for _ in range(num_arms)]
-        self._target = [0.0] * num_arms
-        self._size = [0.0, 0.0]
-        self._learn([1.0] * num_arms)
+        self._matrix = [[0.0] * self.num_arms for _ in sizes]
+        self._target = [0.0] * self.num_arms
+        self._slopes = [0.0, 0.0]
+        self._learn([1.0] * self.num_arms)
 
     def _learn(self, v: list[float]) -> None:
         """`v`: in units of the running size, about 1 on average."""
         self.v = v
-        self._prefer([math.sqrt(x / cost) for x, cost in zip(v, self._costs, strict=True)])
+        pairs = zip(self._sizes, v, strict=True)
+        self._prefer([size * math.sqrt(x) for size, x in pairs], self._sizes)
 
     def observe(self, draws: Sequence[Draw], coefs: Sequence[float]) -> None:
         keep = 1.0 - 1.0 / self.memory
         self._matrix = [[keep * x for x in row] for row in self._matrix]
         self._target = [keep * x for x in self._target]
         for draw, coef in zip(draws, coefs, strict=True):
-            self._add(draw.arms, coef * coef)
+            moved = {arm: a * a * self._sizes[arm] for arm, a in zip(draw.arms, draw.lengths, strict=True)}
+            self._add(moved, coef * coef)
         self._learn(self._swept())
 
-    def _add(self, arms: tuple[int, ...], square: float) -> None:
-        expected = max(math.fsum(self.v[arm] for arm in arms), _LEAST * len(arms))
-        total, weight = self._size
+    def _add(self, moved: dict[int, float], square: float) -> None:
+        """Another squared slope: its mean is the sum of `moved` times v."""
+        everywhere = math.fsum(moved.values())
+        expected = max(math.fsum(x * self.v[arm] for arm, x in moved.items()), _LEAST * everywhere)
+        total, weight = self._slopes
         if total > 0.0:
             square = min(square, _CUT * expected * total / weight)
-        total, weight = _STAYS * total + square, _STAYS * weight + len(arms)
-        self._size = [total, weight]
+        total, weight = _STAYS * total + square, _STAYS * weight + everywhere
+        self._slopes = [total, weight]
         if total == 0.0:
             # Nothing but slopes of 0 so far: there is no size to count in.
             return
         precision = 1.0 / (2.0 * expected * expected)
-        for arm in arms:
+        for arm, x in moved.items():
             row = self._matrix[arm]
-            for other in arms:
-                row[other] += precision
-            self._target[arm] += precision * square * weight / total
+            for other, y in moved.items():
+                row[other] += precision * x * y
+            self._target[arm] += precision * x * square * weight / total
 
     def _swept(self) -> list[float]:
         """One Gauss-Seidel sweep from `v`, each arm to its mean given the others'.
@@ -328,12 +349,17 @@ class FittedAdaLeZO(Bandit):
 
     def state_dict(self) -> dict[str, list[float]]:
         matrix = [x for row in self._matrix for x in row]
-        return {"v": list(self.v), "matrix": matrix, "target": list(self._target), "size": list(self._size)}
+        return {
+            "v": list(self.v),
+            "matrix": matrix,
+            "target": list(self._target),
+            "slopes": list(self._slopes),
+        }
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         arms = self.num_arms
-        self._check(state, v=arms, matrix=arms * arms, target=arms, size=2)
+        self._check(state, v=arms, matrix=arms * arms, target=arms, slopes=2)
         of = {key: list(map(float, values)) for key, values in state.items()}
         self._matrix = [of["matrix"][arms * i : arms * (i + 1)] for i in range(arms)]
-        self._target, self._size = of["target"], of["size"]
+        self._target, self._slopes = of["target"], of["slopes"]
         self._learn(of["v"])

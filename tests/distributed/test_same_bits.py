@@ -232,7 +232,7 @@ def trajectory_of_reference(kind: str, combo: Combo) -> tuple[dict[str, Any], fl
 
 
 # AdaLeZO learns from slopes: see the comment in test_reference.py.
-GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0, "fitted_adalezo": 250.0}
+GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0, "adalezo_both": 70.0, "fitted_adalezo": 250.0}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,7 @@ GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0, "fitted_adalezo": 250.0}
         ("dense", 1, "module", "all"),
         ("adalezo", 3, "module", "all"),
         ("uniform", 2, "shard", "small"),
+        ("fitted_adalezo", 8, "module", "all"),
     ],
 )
 def test_own_losses_give_the_trajectory_of_the_reference(
