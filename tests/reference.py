@@ -29,9 +29,9 @@ class Reference:
     """One optimizer; `step` takes the rows of all ranks at once.
 
     `arms`: the parameter names of each arm. `method`: `mezo`, `lezo`, `adalezo` or `fitted_adalezo`, with
-    its `options` (sparsity; ratio, tau, gamma, alpha, clip, weigh_both; draws, memory, spread). `rule`, `shape`: what
-    becomes of an estimate and of slopes, by the names of `move` and `shaped`. `share`: how many of each
-    matrix's weights, the smallest when this is made, are trained.
+    its `options` (sparsity; ratio, tau, gamma, alpha, clip, weigh_both; draws, memory, spread). `rule`,
+    `shape`: what becomes of an estimate and of slopes, by the names of `move` and `shaped`. `share`: how many
+    of each matrix's weights, the smallest when this is made, are trained.
     """
 
     def __init__(

@@ -68,9 +68,9 @@ def expect_close(tested: Any, reference: Reference, tolerance: float, where: str
 # tau = 0.6 makes 67 times the error that the slope itself brings. (A draw at the very edge of a
 # probability would differ by a whole arm; at fixed seeds none does.)
 # With weights in both, half of that comes by the probe.
-# FittedAdaLeZO: an error of e moves the square of a slope, 3 sqrt(m) at most, by 6 e sqrt(m), m being its mean
-# of v over all L arms; so a v, which has 1/L of it for each of two draws, by 12 e / sqrt(m) at most, and as no
-# v is much below 0.1, half the logarithm of a weight by 30 e / sqrt(m). That comes by probe and update.
+# FittedAdaLeZO: an error of e moves the square of a slope, 3 sqrt(m) at most, by 6 e sqrt(m), m being its
+# mean. An arm that was drawn has some half of that, so its v is moved by 12 e / sqrt(m) of the mean v, and as
+# no v is below 0.1 of that, the logarithm of a weight by 60 e / sqrt(m), times a slope of 3 sqrt(m).
 GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0, "adalezo_both": 70.0, "fitted_adalezo": 250.0}
 
 

@@ -255,8 +255,9 @@ class FittedAdaLeZO(Bandit):
     Draws and weights are those of `Bandit` with `weigh: both` and no clip, so that `E[g^2 | draw]` is the sum
     of a |G|^2 over the drawn arms, G being an arm's gradient. Where AdaLeZO gives all of them the same |g|,
     here v, an arm's squared gradient per weight, is the mean of its posterior, given all slopes so far and a
-    prior of weights alike, and `p = (1 - gamma) * size * sqrt(v) / sum + gamma * size / sum`. Like `size * sqrt(v)`, p
-    has the least variance; like size, where it begins, that of `Dense` (docs/methods.md, Samplers).
+    prior of weights alike, and `p = (1 - gamma) * size * sqrt(v) / sum + gamma * size / sum`. The first, with
+    the true v, makes the least variance; the second, where p begins, that of `Dense` (docs/methods.md,
+    Samplers).
 
     * `draws`, at least 1: K, how many a direction has. The fewer, the less the variance, and the more each
       slope tells of its arms: 1 is best, and cheapest.
