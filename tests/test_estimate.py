@@ -136,6 +136,10 @@ SAMPLED: dict[str, Callable[[], Sampler]] = {
 }
 
 
+# Of these and of `table.SAMPLERS`: as far as an arm is shifted, it goes in the update.
+WEIGH_BOTH = ("adalezo_both", "fitted_adalezo")
+
+
 @pytest.mark.parametrize(
     ("name", "law", "estimator", "mode"),
     table.all_pairs(tuple(SAMPLED), table.LAWS, tuple(table.ESTIMATORS), table.MODES),
@@ -145,9 +149,11 @@ def test_the_mean_estimate_is_the_gradient_times_what_the_sampler_says(
 ) -> None:
     model = Polynomial(arms=8, size=2)
     gradient, _ = derivatives(model)
+    # An arm that is shifted alone, as far as all else, sees more of the curvature from one side.
+    eps = 1 / 16 if name in WEIGH_BOTH else 1 / 4
     optimizer = optimizer_of(
         model, sampler=SAMPLED[name](), estimator=table.ESTIMATORS[estimator](), noise=law, perturb=mode,
-        directions=8,
+        directions=8, eps=eps,
     )  # fmt: skip
     sampler = optimizer.sampler
     assert len(optimizer.arms) == 8
@@ -238,7 +244,6 @@ def test_the_bias_is_of_third_order(estimator: str, law: str) -> None:
     assert float(deviation.max()) * 5 < (0.5 if law == "rademacher" else 1.5)
 
 
-WEIGH_BOTH = ("adalezo_both", "fitted_adalezo")
 PAIRS = table.all_pairs(
     tuple(table.RULES),
     tuple(table.COEFFICIENTS),
