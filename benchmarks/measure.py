@@ -21,12 +21,13 @@ from torch import nn
 from benchmarks import memory, subjects
 from benchmarks.published import PublishedMeZO
 from benchmarks.traffic import Counted, split
-from zo_dist import AdaLeZO, Dense, LowRank, Uniform, ZeroOrder
+from zo_dist import AdaLeZO, Dense, Flipout, LowRank, Uniform, ZeroOrder
 from zo_dist.engines import initialize_process_group, leave_process_group, read_ds_config, select
 from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2, zero3_engine
 from zo_dist.noise import GROUP
 from zo_dist.params import evaluating
 from zo_dist.samplers import Sampler
+from zo_dist.structure import Structure
 from zo_dist.tasks import choice_loss
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
@@ -35,9 +36,15 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "adalezo": lambda: AdaLeZO(ratio=0.2),
     "lozo": Dense,
     "adalozo": lambda: AdaLeZO(ratio=0.2),
+    "flipout": Dense,
+    "adaflipout": lambda: AdaLeZO(ratio=0.2),
 }
 # Directions of rank 2, from normals.
 LOW_RANK = ("lozo", "adalozo")
+STRUCTURES: dict[str, Structure] = {
+    **dict.fromkeys(LOW_RANK, LowRank(rank=2)),
+    **dict.fromkeys(("flipout", "adaflipout"), Flipout()),
+}
 EPS, LR = 1e-3, 1e-7
 # MeZO as published costs what ten other methods cost, and hardly varies.
 PUBLISHED_ROUNDS = 3
@@ -206,7 +213,7 @@ def make(
         sampler=SAMPLERS[method](),
         directions=directions,
         noise="gaussian" if method in LOW_RANK else setting.noise,  # type: ignore[arg-type]
-        low_rank=LowRank(rank=2) if method in LOW_RANK else None,
+        structure=STRUCTURES.get(method),
         self_check=False,
         compile=True,
     )

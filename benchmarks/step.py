@@ -28,6 +28,7 @@ CASES = [
     *("forward", "two_forwards", "stacked_forward", "mezo_published"),
     *("mezo", "lezo", "adalezo", "adalezo:4", "adalezo:16"),
     *("lozo", "lozo:16", "adalozo:16"),
+    *("mezo:16", "flipout:16", "adaflipout:16"),
 ]
 ENGINES = ["replicated", "fsdp2", "deepspeed"]
 

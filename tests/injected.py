@@ -18,27 +18,29 @@ from zo_dist import generator, noise
 class Injected:
     """A row loss that runs the model, so that its weights are gathered, and returns known numbers.
 
-    They depend on the step, the row and the side (+ or -) alone. Which step and side a call is for
-    follows from the contract: in module mode each micro-batch is one call in which a row comes first
-    with its +, then with its - side; in shard mode, as in the reference, there is one call for each
+    They depend on the step, the row and the side alone. Which step and side a call is for follows from the
+    contract: in module mode each micro-batch is one call in which a row comes first
+    with its +, then with its other sides; in shard mode, as in the reference, there is one call for each
     direction, side and micro-batch. The numbers are multiples of 2**-10, so sums of them are exact
     in any order.
     """
 
-    def __init__(self, mode: str, directions: int, num_forwards: int = 1, nan_at: Any = None) -> None:
-        self.mode, self.num_forwards, self.nan_at = mode, num_forwards, nan_at
-        self.calls_per_step = num_forwards * (1 if mode == "module" else 2 * directions)
+    def __init__(
+        self, mode: str, directions: int, num_forwards: int = 1, nan_at: Any = None, sides: int = 2
+    ) -> None:
+        self.mode, self.num_forwards, self.nan_at, self.sides = mode, num_forwards, nan_at, sides
+        self.calls_per_step = num_forwards * (1 if mode == "module" else sides * directions)
         self.calls = 0
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         loss_of(model, batch)
-        step, side = self.calls // self.calls_per_step, self.calls // self.num_forwards % 2
+        step, side = self.calls // self.calls_per_step, self.calls // self.num_forwards % self.sides
         self.calls += 1
-        seen: set[int] = set()
+        seen: dict[int, int] = {}
         losses = []
         for row in batch["row"].tolist():
-            losses.append(known_loss(step, row, int(row in seen) if self.mode == "module" else side))
-            seen.add(row)
+            losses.append(known_loss(step, row, seen.get(row, 0) if self.mode == "module" else side))
+            seen[row] = seen.get(row, 0) + 1
             if self.nan_at == (step, row):
                 losses[-1] = float("nan")
         weights = [1.0 + row % 3 for row in batch["row"].tolist()]

@@ -21,6 +21,9 @@ import table
 import torch
 from torch import Tensor, nn
 
+import zo_dist
+from zo_dist.noise import Noise
+
 # (model, batch) -> one loss per row, or (sums, weights) per row
 RowLoss = Callable[[nn.Module, dict[str, Tensor]], Any]
 
@@ -31,7 +34,8 @@ class Reference:
     `arms`: the parameter names of each arm. `method`: `mezo`, `lezo`, `adalezo` or `fitted_adalezo`, with
     its `options` (sparsity; ratio, tau, gamma, alpha, clip, weigh_both; draws, memory, spread). `rule`,
     `shape`: what becomes of an estimate and of slopes, by the names of `move` and `shaped`. `share`: how many
-    of each matrix's weights, the smallest when this is made, are trained.
+    of each matrix's weights, the smallest when this is made, are trained. With the estimator
+    `three_sided` it is HiZOO, with `smoothing`.
     """
 
     def __init__(
@@ -46,16 +50,20 @@ class Reference:
         seed: int = 0,
         rounding: str = "stochastic",
         weight_decay: float = 0.0,
-        two_sided: bool = True,
+        estimator: str = "two_sided",
         rule: str = "sgd",
         shape: str = "raw",
         options: Mapping[str, float] | None = None,
         share: float = 1.0,
+        smoothing: float = table.SMOOTHING,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
-        self.noise = table.noise_of(law, seed, model)
+        named = table.NOISES[law]
+        self.noise, self.signs = Noise(named["noise"], seed), Noise("rademacher", seed)
+        self.structure: Any = named.get("structure")
+        self.low_rank: Any = self.structure if isinstance(self.structure, zo_dist.LowRank) else None
         self.method, self.lr, self.eps, self.directions = method, lr, eps, directions
-        self.rounding, self.weight_decay, self.two_sided = rounding, weight_decay, two_sided
+        self.rounding, self.weight_decay, self.estimator = rounding, weight_decay, estimator
         self.rule, self.shape, self.all_slopes = rule, shape, list[list[float]]()
         self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
         self.options = {"sparsity": 0.75, "ratio": 0.2, "tau": 0.6, "gamma": 0.1, "alpha": 0.1, "clip": 4.0}
@@ -70,6 +78,8 @@ class Reference:
         # its precision.
         self.seen: list[tuple[int, np.ndarray, float, float]] = []
         self.lost = {name: torch.zeros_like(p) for name, p in self.weights().items()}
+        self.smoothing = smoothing
+        self.curvature = {name: torch.ones(p.shape) for name, p in self.weights().items()}  # HiZOO's H
         self.step_number = 0
         self.highest = dict.fromkeys(self.weights(), math.inf)
         for name, weight in self.weights().items():
@@ -146,7 +156,95 @@ class Reference:
 
     def z(self, name: str, direction: int) -> Tensor:
         shape = self.weights()[name].shape
-        return self.noise.values(name, self.step_number, direction, 0, shape.numel()).view(shape)
+        if self.structure is None or len(shape) < 2:
+            return self.noise.values(name, self.step_number, direction, 0, shape.numel()).view(shape)
+        if self.low_rank is None:
+            return self.base(name) * self.flips(name, direction)
+        left, right = self.left(name, [(direction, 1.0)]), self.right(name, self.step_number)
+        return thin_product(left, right).float().view(shape)
+
+    # Flipout: z = base * outer(signs of rows, signs of columns), 32 directions' signs to a draw
+
+    def base(self, name: str) -> Tensor:
+        shape = self.weights()[name].shape
+        return self.noise.values(f"{name}\0base", self.step_number, 0, 0, shape.numel()).view(shape)
+
+    def flips(self, name: str, direction: int) -> Tensor:
+        shape, (draw, place) = self.weights()[name].shape, divmod(direction, 32)
+        rows, columns = (
+            self.signs.values(f"{name}\0{side}", self.step_number, draw, 0, 32 * n).view(n, 32)[:, place]
+            for side, n in (("rows", shape[0]), ("columns", shape[1:].numel()))
+        )
+        return torch.outer(rows, columns).view(shape)
+
+    # Noise of low rank: z = left @ right, each drawn under a name of its own
+
+    def summed(self, name: str, step: int, terms: Sequence[tuple[int, float]], *shape: int) -> Tensor:
+        total = torch.zeros(shape)
+        for direction, scale in terms:
+            z = self.noise.values(name, step, direction, 0, math.prod(shape))
+            total += z.view(shape) * torch.tensor(scale)
+        return total
+
+    def refresh(self, step: int) -> int:
+        return 0 if self.low_rank.fixed else step // self.low_rank.steps
+
+    def normals(self, name: str, step: int, length: int) -> tuple[Tensor, Tensor]:
+        """Gaussians of SubZero, and what makes them orthonormal."""
+        normals = self.summed(name, self.refresh(step), [(0, 1.0)], length, min(self.low_rank.rank, length))
+        return normals, orthonormaliser(thin_product(normals.T, normals))
+
+    def right(self, name: str, step: int) -> Tensor:
+        columns, rank = self.weights()[name][0].numel(), self.low_rank.rank
+        if not self.low_rank.orthonormal:
+            return self.summed(f"{name}\0right", self.refresh(step), [(0, 1.0)], columns, rank).T
+        normals, root = self.normals(f"{name}\0right", step, columns)
+        return thin_product(root.T * math.sqrt(columns), normals.T).float()
+
+    def left(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
+        """The sum of scale * left."""
+        step, weight, rank = self.step_number, self.weights()[name], self.low_rank.rank
+        rows = len(weight)
+        if self.low_rank.orthonormal:
+            normals, root = self.normals(f"{name}\0left", step, rows)
+            width, inner = normals.shape[1], min(rank, weight[0].numel())
+            core = self.summed(f"{name}\0core", step, terms, width, inner)
+            return thin_product(normals, thin_product(root * math.sqrt(rows / (width * inner)), core)).float()
+        if self.low_rank.fixed:
+            left = self.summed(f"{name}\0left", 0, [(0, 1.0)], rows, rank)
+            return left * self.summed(f"{name}\0weights", step, terms, rank) * rank**-0.5
+        return self.summed(f"{name}\0left", step, terms, rows, rank) * rank**-0.5
+
+    def estimate(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
+        """The sum of scale * z."""
+        weight = self.weights()[name]
+        if self.structure is None or weight.ndim < 2:
+            return self.summed(name, self.step_number, terms, *weight.shape)
+        if self.low_rank is None:
+            signs = [self.flips(name, d).double() * torch.tensor(coef) for d, coef in terms]
+            return self.base(name) * torch.stack(signs).sum(0).float()
+        return (
+            thin_product(self.left(name, terms), self.right(name, self.step_number))
+            .float()
+            .view(weight.shape)
+        )
+
+    def move(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
+        """What the rule makes of it."""
+        weight, moments = self.weights()[name], self.moments[name]
+        of_a_side = self.low_rank is not None and weight.ndim > 1 and self.estimator != "three_sided"
+        if self.rule != "lozo_m" or not of_a_side:
+            estimate = self.estimate(name, terms) / square_root(self.curvature[name])
+            return moments.move(self.rule, estimate)
+        left, right = self.left(name, terms), self.right(name, self.step_number)
+        if moments.side is not None:
+            if self.refresh(moments.step) != self.refresh(self.step_number):
+                before = self.right(name, moments.step)
+                across = thin_product(before, right.T) / right.shape[1]
+                moments.side = thin_product(moments.side, across).float()
+            left = moments.side * 0.9 + left
+        moments.side, moments.step = left, self.step_number
+        return thin_product(left, right).float().view(weight.shape)
 
     def loss_at(
         self, direction: int, drawn: Mapping[int, tuple[float, float]], sign: float, rows: Any, loss: RowLoss
@@ -157,7 +255,8 @@ class Reference:
         for name, weight in self.weights().items():
             moved = weight.float()
             if name in lengths and sign:
-                z = torch.where(weight.abs() <= self.highest[name], self.z(name, direction), 0.0)
+                z = self.z(name, direction) / square_root(self.curvature[name])
+                z = torch.where(weight.abs() <= self.highest[name], z, 0.0)
                 moved = moved + z * torch.tensor(sign * self.eps * lengths[name])
             shifted[name].data.copy_(moved)
         out = loss(self.copy, rows)
@@ -167,25 +266,34 @@ class Reference:
     @torch.no_grad()
     def step(self, batch: dict[str, Tensor], loss: RowLoss) -> float:
         total = len(next(iter(batch.values())))
-        draws, slopes, shares, seen = [], [], [], [0.0, 0.0]
+        draws, slopes, shares, curved, seen = [], [], [], list[float](), [0.0, 0.0]
         for direction in range(self.directions):
             drawn = self.draw(direction)
             mine = [r for r in range(total) if r * self.directions // total == direction]
             rows = {key: value[mine] for key, value in batch.items()}
             high = self.loss_at(direction, drawn, 1.0, rows, loss)
-            low = self.loss_at(direction, drawn, -1.0 if self.two_sided else 0.0, rows, loss)
-            distance = 2.0 * self.eps if self.two_sided else self.eps
+            one_sided = self.estimator == "one_sided"
+            low = self.loss_at(direction, drawn, 0.0 if one_sided else -1.0, rows, loss)
+            distance = self.eps if one_sided else 2.0 * self.eps
             slopes.append((high[0] / high[1] - low[0] / low[1]) / distance)
-            shares.append(high[1] + low[1])
+            sides = [high, low]
+            if self.estimator == "three_sided":
+                clean = self.loss_at(direction, drawn, 0.0, rows, loss)
+                bend = abs(high[0] / high[1] + low[0] / low[1] - 2.0 * clean[0] / clean[1])
+                curved.append(bend / (2.0 * self.eps * self.eps))
+                sides.append(clean)
+            shares.append(sum(side[1] for side in sides))
             draws.append(drawn)
-            seen = [seen[0] + high[0] + low[0], seen[1] + high[1] + low[1]]
+            seen = [seen[i] + sum(side[i] for side in sides) for i in (0, 1)]
         self.all_slopes.append(slopes)
         shaped_slopes = shaped(self.shape, self.all_slopes)
         coefs = [slope * share / sum(shares) for slope, share in zip(shaped_slopes, shares, strict=True)]
         for arm, names in enumerate(self.arms):
             if any(arm in drawn for drawn in draws):
+                terms = [(d, coefs[d] * w[arm][0]) for d, w in enumerate(draws) if arm in w]
+                bends = [(d, curved[d], shares[d]) for d, _ in terms] if curved else []
                 for name in names:
-                    self.write(name, [(d, coefs[d] * w[arm][0]) for d, w in enumerate(draws) if arm in w])
+                    self.write(name, terms, bends)
         for drawn, slope in zip(draws, slopes, strict=True):
             for arm in drawn:
                 alpha = self.options["alpha"]
@@ -195,21 +303,29 @@ class Reference:
         self.step_number += 1
         return seen[0] / seen[1]
 
-    def write(self, name: str, terms: Sequence[tuple[int, float]]) -> None:
+    def write(
+        self, name: str, terms: Sequence[tuple[int, float]], bends: Sequence[tuple[int, float, float]] = ()
+    ) -> None:
         weight, moments = self.weights()[name], self.moments[name]
         trained, before = weight.abs() <= self.highest[name], weight.clone()
         kept = {key: tensor.clone() for key, tensor in moments.tensors().items()}
-        kept["lost"] = self.lost[name].clone()
-        estimate = torch.zeros(weight.shape)
-        for direction, coef in terms:
-            estimate += self.z(name, direction) * torch.tensor(coef)
-        estimate = moments.move(self.rule, estimate)
+        kept["lost"], kept["curvature"] = self.lost[name].clone(), self.curvature[name].clone()
+        if bends:
+            # The log has curvatures in float32.
+            bends = [(d, *torch.tensor([c, share]).tolist()) for d, c, share in bends]
+            grown = torch.full(weight.shape, -self.smoothing)
+            for direction, c, share in bends:
+                mine = c * share / sum(s for _, _, s in bends)
+                grown += self.z(name, direction).square() * torch.tensor(self.smoothing * mine)
+            self.curvature[name] += self.curvature[name] * grown
+            self.curvature[name].clamp_(2.0**-64, 2.0**64)
+        move = self.move(name, terms)
         exact = weight.float()
         if self.rounding == "kahan" and weight.dtype != torch.float32:
             exact = exact + self.lost[name].float()
         if weight.ndim > 1 and self.weight_decay:
             exact = exact * (1.0 - self.lr * self.weight_decay)
-        exact = exact - estimate * self.lr
+        exact = exact - move * self.lr
         if weight.dtype == torch.float32 or self.rounding == "nearest":
             weight.copy_(exact)
         elif self.rounding == "kahan":
@@ -218,7 +334,8 @@ class Reference:
         else:
             self.noise.round(weight.view(-1), exact.view(-1), name, self.step_number, 0)
         weight[~trained] = before[~trained]
-        for key, tensor in {**moments.tensors(), "lost": self.lost[name]}.items():
+        others = {"lost": self.lost[name], "curvature": self.curvature[name]}
+        for key, tensor in {**moments.tensors(), **others}.items():
             tensor[~trained] = kept[key][~trained]
 
 
@@ -228,6 +345,9 @@ class Moments:
     def __init__(self, shape: torch.Size) -> None:
         self.first, self.second, self.highest = (torch.zeros(shape) for _ in range(3))
         self.writes = 0
+        # Of LOZO-M: the momentum's left side, and the step of the right one that it goes with.
+        self.side: Tensor | None = None
+        self.step = 0
 
     def tensors(self) -> dict[str, Tensor]:
         return {"first": self.first, "second": self.second, "highest": self.highest}
@@ -239,7 +359,7 @@ class Moments:
             return estimate
         if rule == "sign":
             return estimate.sign()
-        if rule == "momentum":
+        if rule in ("momentum", "lozo_m"):
             self.first = self.first * 0.9 + estimate
             return self.first
         self.first = self.first * 0.8 + estimate * (1.0 - 0.8)
@@ -248,9 +368,44 @@ class Moments:
         self.second = self.second * 0.95 + seen * seen * (1.0 - 0.95)
         self.highest = torch.maximum(self.highest, self.second)
         second = self.highest if rule == "amsgrad" else self.second
-        # A square root that numpy and IEEE 754 agree on, whatever torch makes of it.
-        root = torch.from_numpy(np.sqrt((second / (1.0 - 0.95**self.writes)).numpy()))
-        return first / (root + 1e-6)
+        return first / (square_root(second / (1.0 - 0.95**self.writes)) + 1e-6)
+
+
+def square_root(x: Tensor) -> Tensor:
+    """One that numpy and IEEE 754 agree on, whatever torch makes of it."""
+    return torch.from_numpy(np.sqrt(x.numpy()))
+
+
+def thin_product(left: Tensor, right: Tensor) -> Tensor:
+    """float64: of numbers cut to so few bits, by row and by column, that no order of the sums shows."""
+    bits = (53 - math.ceil(math.log2(left.shape[1]))) // 2
+    columns = cut_rows(left.double().numpy(), bits).T
+    rows = cut_rows(right.double().numpy().T, bits).T
+    return torch.from_numpy(sum(np.outer(c, r) for c, r in zip(columns, rows, strict=True)))
+
+
+def cut_rows(numbers: Any, bits: int) -> Any:
+    """To multiples of 2**-bits of the power of two above a row's largest."""
+    exponents = np.frexp(abs(numbers).max(1, keepdims=True))[1] - bits
+    return np.ldexp(np.rint(np.ldexp(numbers, -exponents)), exponents)
+
+
+def orthonormaliser(gram: Tensor) -> Tensor:
+    """The inverse of R in gram = R^T R, by Cholesky and back-substitution, number by number."""
+    g, n = gram.tolist(), len(gram)
+    r = [[0.0] * n for _ in range(n)]
+    x = [[0.0] * n for _ in range(n)]
+    for i, j in itertools.combinations_with_replacement(range(n), 2):
+        rest = g[i][j]
+        for k in range(i):
+            rest -= r[k][i] * r[k][j]
+        r[i][j] = math.sqrt(rest) if i == j else rest / r[i][i]
+    for i, j in itertools.combinations_with_replacement(range(n), 2):
+        rest = float(i == j)
+        for k in range(j):
+            rest -= x[i][k] * r[k][j]
+        x[i][j] = rest / r[j][j]
+    return torch.tensor(x, dtype=torch.float64)
 
 
 def shaped(shape: str, all_slopes: Sequence[Sequence[float]]) -> list[float]:

@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 import zo_dist
-from zo_dist import native
+from zo_dist import native, structure
 from zo_dist.coefficients import Coefficients
 from zo_dist.estimators import Estimator
-from zo_dist.lowrank import LowRankNoise
 from zo_dist.noise import Noise
 from zo_dist.rules import Rule
 from zo_dist.samplers import Sampler
@@ -41,19 +40,25 @@ REFERENCE: dict[str, tuple[str, dict[str, float]]] = {
     "adalezo_both": ("adalezo", {"ratio": 0.6, "clip": 16.0, "weigh_both": True}),
     "fitted_adalezo": ("fitted_adalezo", {"draws": 2, "memory": 8.0}),
 }
-ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+ESTIMATORS: dict[str, type[Estimator]] = {
     "two_sided": zo_dist.TwoSided,
     "one_sided": zo_dist.OneSided,
+    "three_sided": zo_dist.ThreeSided,
 }
+# How much of H is new in a step, with the estimator that goes with a curvature.
+SMOOTHING = 0.125
 # The options are those of reference.py, which has the same names.
 RULES: dict[str, Callable[..., Rule]] = {
     "sgd": zo_dist.SGD,
     "momentum": partial(zo_dist.Momentum, 0.9),
+    "lozo_m": partial(zo_dist.Momentum, 0.9, factored=True),
     "adam": partial(zo_dist.Adam, 0.8, 0.95, 1e-6),
     "adam_of_momentum": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, second="momentum"),
     "amsgrad": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, amsgrad=True),
     "sign": zo_dist.Sign,
 }
+# These want noise of low rank and no curvature, and are refused else; what takes their place there.
+OF_FULL_RANK = {"lozo_m": "momentum"}
 COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
     "raw": zo_dist.Raw,
     "sign": zo_dist.SignOnly,
@@ -64,12 +69,16 @@ COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
 }
 # These make nothing of a single direction, and are refused there.
 NEED_TWO = ("fzoo", "z_scores")
-# Options of ZeroOrder and, under the same name, of `noise_of`.
+# Options of ZeroOrder, and of the reference.
 NOISES: dict[str, dict[str, Any]] = {
     "rademacher": {"noise": "rademacher"},
     "gaussian": {"noise": "gaussian"},
-    "lozo": {"noise": "gaussian", "low_rank": zo_dist.LowRank(rank=2, refresh=3)},
-    "tezo": {"noise": "rademacher", "low_rank": zo_dist.LowRank(rank=3, fixed=True)},
+    "lozo": {"noise": "gaussian", "structure": zo_dist.LowRank(rank=2, refresh=3)},
+    "tezo": {"noise": "rademacher", "structure": zo_dist.LowRank(rank=3, fixed=True)},
+    # More columns than some matrices have rows.
+    "subzero": {"noise": "gaussian", "structure": zo_dist.LowRank(rank=4, refresh=3, orthonormal=True)},
+    "flipout": {"noise": "rademacher", "structure": zo_dist.Flipout()},
+    "grzo": {"noise": "gaussian", "structure": zo_dist.Flipout()},
 }
 # What `mask` is, and the share that the reference trains.
 MASKS: dict[str, zo_dist.SmallWeights | None] = {"all": None, "small": zo_dist.SmallWeights(share=0.4)}
@@ -123,27 +132,52 @@ def all_pairs(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 def noise_of(name: str, seed: int, model: nn.Module) -> Noise:
     """The noise of NOISES for a model's parameters, computed eagerly."""
     options = NOISES[name]
-    if "low_rank" not in options:
-        return Noise(options["noise"], seed)
     shapes = {key: p.shape for key, p in model.named_parameters()}
-    return LowRankNoise(options["noise"], seed, False, options["low_rank"], shapes)
+    return structure.noise_of(options["noise"], seed, False, options.get("structure"), shapes)
+
+
+def estimating(name: str, smoothing: float = SMOOTHING) -> dict[str, Any]:
+    """Options of ZeroOrder for one of ESTIMATORS."""
+    curvature = zo_dist.DiagonalCurvature(smoothing=smoothing) if name == "three_sided" else None
+    return {"estimator": ESTIMATORS[name](), "curvature": curvature}
+
+
+# What weighs probe and update alike: a curvature is refused with it.
+WEIGH_BOTH = ("adalezo_both", "fitted_adalezo")
+
+
+def estimator_for(sampler: str, estimator: str) -> str:
+    """`estimator`, or `two_sided` where the sampler cannot have a curvature."""
+    return "two_sided" if estimator == "three_sided" and sampler in WEIGH_BOTH else estimator
+
+
+def mode_of(engine: str, num_ranks: int, mode: str, estimator: str) -> str:
+    """`mode`, or where a curvature is not held whole the one that is possible."""
+    sharded = num_ranks > 1 and engine.startswith(("fsdp2", "hsdp", "zero3")) and engine != "hsdp_2x1"
+    return "shard" if sharded and estimator == "three_sided" else mode
 
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
-    """A ZeroOrder whose sampler, estimator, coefficients, rule and mask are given by their names here."""
+    """A ZeroOrder whose sampler, estimator, coefficients, rule and mask are given by their names here.
+
+    With `three_sided` it has a curvature.
+    """
     noise = options.pop("noise", "rademacher")
     # What is no name here is ZeroOrder's to refuse.
     options.update(NOISES.get(noise, {"noise": noise}))
     options["mask"] = MASKS[options.get("mask", "all")]
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
     if isinstance(options.get("estimator", "two_sided"), str):
-        options["estimator"] = ESTIMATORS[options.get("estimator", "two_sided")]()
+        options.update(estimating(options.get("estimator", "two_sided"), options.pop("smoothing", SMOOTHING)))
     coefficients = options.get("coefficients", "raw")
     single = options.get("directions", 1) == 1
     options["coefficients"] = COEFFICIENTS["raw" if single and coefficients in NEED_TWO else coefficients]()
     decay = options.pop("weight_decay", 0.0)
-    if isinstance(options.get("rule", "sgd"), str):
-        options["rule"] = RULES[options.get("rule", "sgd")](weight_decay=decay)
+    rule = options.get("rule", "sgd")
+    if isinstance(rule, str):
+        is_product = isinstance(options.get("structure"), zo_dist.LowRank) and not options.get("curvature")
+        rule = rule if is_product else OF_FULL_RANK.get(rule, rule)
+        options["rule"] = RULES[rule](weight_decay=decay)
     return zo_dist.ZeroOrder(model, **options)
 
 

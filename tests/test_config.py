@@ -26,6 +26,7 @@ from zo_dist.methods import AdaLeZOConfig, AnyRule, AnySampler, LearnedScaleConf
 from zo_dist.params import trainable_params
 from zo_dist.scale import save_nets
 from zo_dist.schedule import lr_share
+from zo_dist.structure import noise_of
 from zo_dist.train import build_optimizer
 
 BASE = """
@@ -67,6 +68,22 @@ def test_overrides_are_typed_and_the_last_one_wins(path: Path) -> None:
     assert config.train.micro_rows is None
     assert config.model.parameters == "layers\\.1\\."
     assert config.optimizer.lr == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("section", "made"),
+    [
+        ("null", None),
+        ("{name: flipout}", zo_dist.Flipout()),
+        ("{name: low_rank, rank: 3, refresh: 7}", zo_dist.LowRank(rank=3, refresh=7)),
+        ("{name: low_rank, fixed: true}", zo_dist.LowRank(fixed=True)),
+    ],
+)
+def test_a_structure_is_made_of_its_section(path: Path, section: str, made: object) -> None:
+    config = load_config(path, [f"optimizer.structure={section}"])
+    optimizer = build_optimizer(config, build("sequential"))
+    expected = noise_of("rademacher", 0, True, made, {})  # type: ignore[arg-type]
+    assert optimizer.noise.kind == expected.kind
 
 
 def test_written_out_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
@@ -243,11 +260,14 @@ def test_every_config_takes_steps(path: Path, tmp_path: Path) -> None:
         save_nets(tmp_path / "scale", new_nets(len(params), seed=0), params, 240, {})
         config = load_config(path, [f"optimizer.scale.path={tmp_path / 'scale'}"])
     optimizer = build_optimizer(config, model)
+    moves = 0
     for step in range(4):
         rows = rows_for("sequential", config.train.rows, seed=step, dtype=config.model.torch_dtype)
         optimizer.step_batch(rows, loss_of)
-        # With an lr of 1e-7, few of so few 16-bit weights move, or none.
-        assert any(scale for scales in optimizer.record.scales for scale in scales)
+        # With an lr of 1e-7, few of so few 16-bit weights move, or none; and an arm of 8 of them may leave
+        # both losses the same.
+        moves += any(scale for scales in optimizer.record.scales for scale in scales)
+    assert moves >= 3
     assert optimizer.skipped == 0
 
 

@@ -87,3 +87,76 @@ def test_quickstart_refuses_an_unknown_mode() -> None:
     )
     assert done.returncode == 2
     assert "neither fsdp2 nor zero3" in done.stderr
+
+
+EXAMPLES = REPOSITORY / "docs" / "examples"
+# A ZeRO-3 config for AdamW, as it comes with many a script; torch's AdamW, for which nothing is compiled.
+ADAMW_ZERO3 = """{
+  "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": true}},
+  "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": "auto"},
+  "gradient_clipping": "auto", "gradient_accumulation_steps": "auto",
+  "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"
+}"""
+
+
+def _of_launcher(name: str) -> list[str]:
+    scripts = Path(sys.executable).parent
+    return {
+        "torchrun": [str(scripts / "torchrun"), "--nproc-per-node", "2", "--master-port", "29661"],
+        "deepspeed": [str(scripts / "deepspeed"), "--num_gpus", "2", "--master_port", "29662"],
+        "accelerate": [
+            # Its own --cpu starts a single process.
+            *(str(scripts / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"),
+            *("--main_process_port", "29663", "--num_machines", "1", "--mixed_precision", "no"),
+            *("--dynamo_backend", "no"),
+        ],
+    }[name]
+
+
+def _example(launcher: str, script: Path, *args: str) -> str:
+    more = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    if launcher == "accelerate":
+        more["ACCELERATE_USE_CPU"] = "true"
+    command = [*_of_launcher(launcher), str(script), *args]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment() | more, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "engine"),
+    [("torchrun", "fsdp"), ("torchrun", "deepspeed"), ("deepspeed", "deepspeed"), ("accelerate", "none")],
+)
+def test_a_script_for_the_trainer_becomes_zeroth_order(tmp_path: Path, launcher: str, engine: str) -> None:
+    """The example with Trainer in place of ZOTrainer runs; and as it is, it trains without gradients."""
+    model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    text = (EXAMPLES / "trainer.py").read_text()
+    stock = text.replace("import zo_dist\nfrom zo_dist.integrations.transformers import ZOTrainer", "")
+    stock = stock.replace("    TrainingArguments,\n)", "    Trainer,\n    TrainingArguments,\n)")
+    stock = "".join(line for line in stock.splitlines(True) if "zo=" not in line).replace(
+        "ZOTrainer(", "Trainer("
+    )
+    assert "zo_dist" not in stock
+    (tmp_path / "stock.py").write_text(stock)
+    (tmp_path / "ds.json").write_text(ADAMW_ZERO3)
+    arguments = ["--model", str(model), "--data", str(rows), "--use_cpu", "--max_steps", "2"]
+    arguments += ["--per_device_train_batch_size", "4", "--report_to", "none", "--learning_rate", "1e-3"]
+    arguments += {"deepspeed": ["--deepspeed", str(tmp_path / "ds.json")], "none": [], "fsdp": []}[engine]
+    if engine != "fsdp":
+        # accelerate shards with FSDP on accelerators alone.
+        _example(launcher, tmp_path / "stock.py", *arguments, "--output_dir", str(tmp_path / "stock"))
+    arguments += ["--fsdp"] if engine == "fsdp" else []
+    out = _example(launcher, EXAMPLES / "trainer.py", *arguments, "--output_dir", str(tmp_path / "zo"))
+    assert "'eval_loss'" in out
+    assert (tmp_path / "zo" / "model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_loop_with_accelerate(tmp_path: Path) -> None:
+    out = _example("accelerate", EXAMPLES / "accelerate_loop.py", str(write_model(tmp_path / "model")))
+    losses = [float(line) for line in out.split()]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]

@@ -40,11 +40,10 @@ def both(kind: str, sampler: str, directions: int, dtype: torch.dtype = torch.fl
     method, own = table.REFERENCE[sampler]
     shared = {"lr": LR, "eps": EPS, "directions": directions, "seed": 3}
     model = build(kind, dtype)
-    law = options.get("noise", "rademacher")
+    law, estimator = options.get("noise", "rademacher"), options.get("estimator", "two_sided")
     rounding = options.get("rounding", "stochastic")
-    reference = Reference(
-        model, arms_of(kind, model), method, **shared, options=own, law=law, rounding=rounding
-    )
+    more = {"options": own, "law": law, "rounding": rounding, "estimator": estimator}
+    reference = Reference(model, arms_of(kind, model), method, **shared, **more)
     tested = {
         mode: table.optimizer(build(kind, dtype), **shared, sampler=sampler, perturb=mode, **options)
         for mode in table.MODES
@@ -105,10 +104,17 @@ def test_each_step_is_that_of_the_reference(kind: str, sampler: str, directions:
     assert moved > 10 * tolerance / GAIN[sampler]
 
 
-@pytest.mark.parametrize("directions", [1, 3, 8])
-def test_dense_steps_of_one_row_per_direction_have_the_bits_of_the_reference(directions: int) -> None:
-    """Each owner then multiplies the same shapes as in the reference, and nothing else is a product."""
-    reference, tested = both("sequential", "dense", directions)
+@pytest.mark.parametrize(
+    ("directions", "estimator"), [(1, "two_sided"), (3, "two_sided"), (8, "two_sided"), (1, "three_sided")]
+)
+def test_dense_steps_of_one_row_per_direction_have_the_bits_of_the_reference(
+    directions: int, estimator: str
+) -> None:
+    """Each owner then multiplies the same shapes as in the reference, and nothing else is a product.
+
+    Unshifted sides of several directions are one product.
+    """
+    reference, tested = both("sequential", "dense", directions, estimator=estimator)
     with remembered_noise():
         for step in range(STEPS):
             batch = rows_for("sequential", directions, seed=step)

@@ -23,7 +23,7 @@ from zo_dist.cli import main
 from zo_dist.replay import identity, replay
 from zo_dist.runlog import read_metrics
 from zo_dist.snapshot import PendingSnapshot, SnapshotError, load_snapshot, save_snapshot, snapshots_in
-from zo_dist.trajectory import TrajectoryError, TrajectoryReader, TrajectoryWriter
+from zo_dist.trajectory import StepRecord, TrajectoryError, TrajectoryReader, TrajectoryWriter
 
 PLACES = [
     ("replicated", 1),
@@ -108,6 +108,59 @@ def test_any_engine_loads_what_another_saved(
     lost = joined([got[3] for got in results])
     assert lost == joined([had[3] for had in expected])
     assert any(any(values) for values in lost.values())
+
+
+def sides_of(optimizer: zo_dist.ZeroOrder) -> Pieces:
+    """What momentum this rank keeps: of matrices some rows of one side, which other ranks may keep too."""
+    kept, offsets = optimizer.beside["factored_momentum"], optimizer.rule.offsets
+    return [(name, offsets[name], tensor.tolist()) for name, tensor in kept.items()]
+
+
+def save_sides(engine: str, folder: str) -> tuple[str, Pieces, list[StepRecord]]:
+    """A run whose momentum is kept in sides: that of four steps, and three more, of which one refreshes."""
+    with remembered_noise():
+        optimizer = stepped(engine, rule="lozo_m", noise="lozo")
+        save_snapshot(optimizer, folder)
+        pieces, records = sides_of(optimizer), []
+        for _ in range(3):
+            optimizer.step_batch(rows_for("sequential", 6, dtype=torch.bfloat16), loss_of)
+            records.append(optimizer.record)
+        return digest(whole_weights(optimizer)), pieces, records
+
+
+def load_sides(engine: str, path: str, records: list[StepRecord]) -> tuple[str, Pieces]:
+    optimizer = make(engine, rule="lozo_m", noise="lozo")
+    load_snapshot(optimizer, path)
+    pieces = sides_of(optimizer)
+    for record in records:
+        optimizer.replay(record)
+    return digest(whole_weights(optimizer)), pieces
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (("replicated", 1), ("fsdp2", 3)),
+        (("fsdp2", 3), ("replicated", 1)),
+        pytest.param(("zero3", 3), ("replicated", 1), marks=needs_deepspeed),
+        pytest.param(("zero3", 3), ("zero3", 2), marks=needs_deepspeed),
+        pytest.param(("zero3", 2), ("fsdp2", 3), marks=needs_deepspeed),
+    ],
+    ids=str,
+)
+def test_momentum_in_sides_is_read_by_any_engine(
+    pool: Callable[[int], Pool], tmp_path: Path, source: tuple[str, int], target: tuple[str, int]
+) -> None:
+    """ZeRO-3 cuts within rows, and both of their ranks keep what goes with such a row."""
+    saved = pool(source[1]).run(save_sides, source[0], str(tmp_path))
+    after, _, records = saved[0]
+    loaded = pool(target[1]).run(load_sides, target[0], str(tmp_path / "step-00000004"), records)
+    whole = joined([pieces for _, pieces, _ in saved])
+    assert any(any(values) for values in whole.values())
+    for digest_after, pieces, *_ in [*saved, *loaded]:
+        assert digest_after == after
+        for name, offset, values in pieces:
+            assert values == whole[name][offset : offset + len(values)]
 
 
 @pytest.mark.parametrize("options", [{}, {"rounding": "stochastic"}, {"sampler": "dense"}], ids=str)

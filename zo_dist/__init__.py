@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from zo_dist.coefficients import Clip, Raw, RootMeanSquare, SignOnly, Standardise
+from zo_dist.curvature import DiagonalCurvature
 from zo_dist.engines import DesyncError
-from zo_dist.estimators import OneSided, TwoSided
+from zo_dist.estimators import OneSided, ThreeSided, TwoSided
+from zo_dist.flipout import Flipout
 from zo_dist.lowrank import LowRank
 from zo_dist.mask import SmallWeights
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
@@ -24,7 +26,9 @@ __all__ = [
     "Clip",
     "Dense",
     "DesyncError",
+    "DiagonalCurvature",
     "FittedAdaLeZO",
+    "Flipout",
     "LearnedScale",
     "LowRank",
     "Momentum",
@@ -39,6 +43,7 @@ __all__ = [
     "SmallWeights",
     "Standardise",
     "StepRecord",
+    "ThreeSided",
     "TrajectoryError",
     "TrajectoryReader",
     "TrajectoryWriter",

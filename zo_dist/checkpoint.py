@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,24 @@ def save_model(engine: Engine, path: str | Path, tokenizer: Any = None) -> None:
     model twice while it is saved.
     """
     path = Path(path)
+    with gathered(engine, path) as state, engine.jointly():
+        if engine.rank == 0:
+            _write(engine.module, state, path, tokenizer)
+
+
+@contextmanager
+def gathered(engine: Engine, path: Path) -> Iterator[dict[str, Tensor]]:
+    """Inside, `gather_state` of the whole model, in files beside `path`. Every rank must enter."""
+    folder = path.with_name(f".{path.name}.gathered")
     with ExitStack() as stack:
         with engine.jointly():
             if engine.rank == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # What an earlier process was killed over, too.
-                gathered = path.with_name(f".{path.name}.gathered")
-                shutil.rmtree(gathered, ignore_errors=True)
-                gathered.mkdir()
-                stack.callback(shutil.rmtree, gathered, ignore_errors=True)
-        state = gather_state(engine, path.with_name(f".{path.name}.gathered"))
-        with engine.jointly():
-            if engine.rank == 0:
-                _write(engine.module, state, path, tokenizer)
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield gather_state(engine, folder)
 
 
 def check_model(path: Path) -> list[str]:

@@ -102,8 +102,9 @@ class Standardise(Coefficients):
     """Slopes over their standard deviation in the step: needs at least 2 directions.
 
     As they are, they make FZOO (arXiv 2506.09034), with one-sided directions: no `eps` is left in the
-    update, which so has the size of a normalised step. `centre`: with their mean taken off, the z-scores
-    of evolution strategies (arXiv 2509.24372) and GRZO (arXiv 2606.02857). All 0 where slopes are equal.
+    update, which so has the size of a normalised step. So they do GRZO (arXiv 2606.02857), with two sides.
+    `centre`: with their mean taken off, the z-scores of evolution strategies (arXiv 2509.24372). All 0 where
+    slopes are equal.
     """
 
     def __init__(self, centre: bool = False) -> None:

@@ -12,14 +12,15 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from zo_dist.estimators import Estimator, OneSided, TwoSided
-from zo_dist.lowrank import LowRank
+from zo_dist.curvature import Curvature, DiagonalCurvature
+from zo_dist.estimators import Estimator, OneSided, ThreeSided, TwoSided
 from zo_dist.mask import SmallWeights
 from zo_dist.methods import (
     AnyCoefficients,
     AnyRule,
     AnySampler,
     AnyScale,
+    AnyStructure,
     DenseConfig,
     NoScaleConfig,
     RawConfig,
@@ -136,23 +137,25 @@ class EngineConfig:
 class OptimizerConfig:
     """The step: see `zo_dist.ZeroOrder`, which has the same words, and methods.py for the sections.
 
-    `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `low_rank`: see `zo_dist.LowRank`; null is
-    noise of full rank. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter.
+    `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `structure`: of the noise of a matrix; null is
+    none. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter. `curvature`: see
+    `zo_dist.DiagonalCurvature`; null perturbs all weights alike. It goes with `three_sided`.
     """
 
     lr: float
     eps: float = 1e-3
     directions: int = 1
     sampler: AnySampler = field(default_factory=DenseConfig)
-    estimator: Literal["two_sided", "one_sided"] = "two_sided"
+    estimator: Literal["two_sided", "one_sided", "three_sided"] = "two_sided"
     clip_rows: float | None = None
     coefficients: AnyCoefficients = field(default_factory=RawConfig)
     rule: AnyRule = field(default_factory=SGDConfig)
     scale: AnyScale = field(default_factory=NoScaleConfig)
     perturb: Perturb = "module"
     noise: Law = "rademacher"
-    low_rank: LowRank | None = None
+    structure: AnyStructure | None = None
     mask: SmallWeights | None = None
+    curvature: DiagonalCurvature | None = None
     rounding: Rounding = "stochastic"
     weight_decay: float = 0.0
     seed: int = 0
@@ -167,13 +170,15 @@ class OptimizerConfig:
                 raise ValueError(f"{name} is {value}; it must be finite and above 0")
         _at_least(self, 1, "directions")
         _at_least(self, 0, "seed", "max_skipped")
-        self.rule.build(self.weight_decay)
-        self.build_estimator()
+        rule = self.rule.build(self.weight_decay)
+        Curvature(self.curvature).require(
+            self.build_estimator(), self.scale.build(), rule, self.sampler.build()
+        )
         self.coefficients.build().bind(self.directions)
 
     def build_estimator(self) -> Estimator:
-        clip_rows = math.inf if self.clip_rows is None else self.clip_rows
-        return TwoSided(clip_rows) if self.estimator == "two_sided" else OneSided(clip_rows)
+        makes = {"two_sided": TwoSided, "one_sided": OneSided, "three_sided": ThreeSided}
+        return makes[self.estimator](math.inf if self.clip_rows is None else self.clip_rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

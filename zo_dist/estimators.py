@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,13 +14,14 @@ from zo_dist.part import Part
 class Estimator(Part):
     """What all share: the difference of the losses at two shifts, over their distance.
 
-    `signs`: where the two probes of a direction lie, in `eps` along it. `clip_rows`: the slope of each
+    `signs`: where the probes of a direction lie, in `eps` along it, two or more; the slope is between the
+    first two. `clip_rows`: the slope of each
     row by itself is cut to `[-clip_rows, clip_rows]` before rows are added up, so that none counts for
     more: DPZero (arXiv 2310.09639), DP-ZO (2401.04343). The noise that would make it private, and the
     accounting, are not here. It needs one loss per row, so `ZeroOrder.step_batch`.
     """
 
-    signs: tuple[float, float]
+    signs: tuple[float, ...]
 
     def __init__(self, clip_rows: float = math.inf) -> None:
         if not clip_rows > 0.0:
@@ -30,22 +32,28 @@ class Estimator(Part):
         return (self.signs[0] - self.signs[1]) * eps
 
     def slopes(self, losses: Tensor, eps: float) -> Tensor:
-        """`losses` float64 `[directions, 2]` in the order of `signs`; returns `[directions]`."""
+        """`losses` float64 `[directions, sides]` in the order of `signs`; returns `[directions]`."""
         return (losses[:, 0] - losses[:, 1]) / self._distance(eps)
 
-    def clipped(self, first: Tensor, second: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Sums and weights `[rows, 2]` of the same rows at both shifts, each difference cut, means kept."""
+    def curvatures(self, losses: Tensor, eps: float) -> Tensor:
+        """`losses` as in `slopes`; of those that tell it, `[directions]`: how the loss bends along each."""
+        return losses.new_empty(0)
+
+    def clipped(self, sides: Sequence[Tensor], eps: float) -> list[Tensor]:
+        """Sums and weights `[rows, 2]` of the same rows at each side, slopes cut, means kept."""
+        first, second, *others = sides
         if self.clip_rows == math.inf:
-            return first, second
+            return list(sides)
         limit = self.clip_rows * self._distance(eps)
         # A row of no weight has no loss to clip.
         weights = torch.where(first[:, 1] > 0, first[:, 1], 1.0)
         middle = (first[:, 0] + second[:, 0]) / 2.0
         half = ((first[:, 0] - second[:, 0]) / weights).clamp(-limit, limit) * weights / 2.0
-        return (
+        return [
             torch.stack([middle + half, first[:, 1]], dim=1),
             torch.stack([middle - half, second[:, 1]], dim=1),
-        )
+            *others,
+        ]
 
 
 class TwoSided(Estimator):
@@ -66,3 +74,17 @@ class OneSided(Estimator):
     """
 
     signs = (1.0, 0.0)
+
+
+class ThreeSided(Estimator):
+    """The slope of `TwoSided`, and the curvature `|L(w + eps z) + L(w - eps z) - 2 L(w)| / (2 eps^2)`.
+
+    Three forwards. The third, at unshifted weights, is for the curvature alone (HiZOO, arXiv 2402.15173), so
+    that without a `Curvature` it is refused. Along a direction z the curvature is `|z.Hz| / 2`, with H the
+    Hessian.
+    """
+
+    signs = (1.0, -1.0, 0.0)
+
+    def curvatures(self, losses: Tensor, eps: float) -> Tensor:
+        return (losses[:, 0] + losses[:, 1] - 2.0 * losses[:, 2]).abs() / (2.0 * eps * eps)

@@ -1,12 +1,14 @@
-"""Noise of low rank: in a matrix, `z = left @ right.T / sqrt(rank)`, both sides drawn by global index.
+"""Noise of low rank: in a matrix, `z = left @ right`, both sides drawn by global index.
 
 LOZO (arXiv 2410.07698): `left` is new in every step and direction, `right` every `refresh` steps. With
 `fixed`, both stay for the whole run and a step draws `rank` numbers that weigh their products: TeZO
-(arXiv 2501.19057). Vectors have the noise of `Noise`.
+(arXiv 2501.19057). With `orthonormal`, both last for `refresh` steps, their columns are orthonormal, and a
+step draws `rank x rank` numbers between them: SubZero (arXiv 2410.08989). Vectors have the noise of `Noise`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,27 +17,38 @@ import torch
 from torch import Tensor
 
 from zo_dist.noise import Law, Noise
+from zo_dist.params import Span
+from zo_dist.thin import Thin, inverse_root, product
 
-# Elements of a matrix whose noise is held at a time, in float32.
-_CHUNK = 1 << 20
+_CPU = torch.device("cpu")
+# The side itself, not a sum over directions.
+_ITSELF = ((0, 1.0),)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LowRank:
-    """Which low rank. `rank`: 1, 2 or 4 in LOZO; `refresh`: steps that share a right side, 50 or 100 there.
+    """Which low rank. `rank`: 1, 2 or 4 in LOZO, 24 or 48 in SubZero's scripts.
 
-    `fixed`: TeZO's form, where `refresh` says nothing and has to be left out.
+    `refresh`: steps that share a right side: 50 or 100 in LOZO (left out: 50), and both sides, 1000 or 2000
+    in SubZero (left out: 1000). `fixed`: TeZO's form, where `refresh` says nothing and has to be left out.
+    `orthonormal`: SubZero's form.
     """
 
     rank: int = 2
     refresh: int | None = None
     fixed: bool = False
+    orthonormal: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; it must be at least 1")
         if self.refresh is not None and self.refresh < 1:
             raise ValueError(f"refresh is {self.refresh}; it must be at least 1")
+        if self.fixed and self.orthonormal:
+            raise ValueError(
+                "fixed is true and so is orthonormal: sides that last for the run are TeZO's, orthonormal "
+                "ones, which are refreshed, SubZero's; set one of them to false"
+            )
         if self.fixed and self.refresh is not None:
             raise ValueError(
                 f"refresh is {self.refresh}; with fixed: true nothing is refreshed, leave it out"
@@ -43,27 +56,40 @@ class LowRank:
 
     @property
     def steps(self) -> int:
-        return 50 if self.refresh is None else self.refresh
+        unset = 1000 if self.orthonormal else 50
+        return unset if self.refresh is None else self.refresh
 
 
 class LowRankNoise(Noise):
     """`Noise` whose z has low rank in every parameter of two dimensions or more (the first against the rest).
 
-    Elements have mean 0 and variance 1, as any other noise: LOZO's own code has neither the root nor,
-    in the update, the 1 / rank of its paper, so that its `eps` is ours over `sqrt(rank)` and its paper's
-    `lr` is ours. Directions of a step share the right side. Cost: some `rank + 4` passes in float32 over what
-    is shifted or written; sides are not kept, a step draws them again wherever they are used. A stacked
-    forward shifts no copy of a linear layer's weights: see `parts.corrected`.
+    Elements have mean 0 and a mean square of 1, as of any other noise: LOZO's own code has neither
+    `1 / sqrt(rank)` nor, in the update, the 1 / rank of its paper, so that its `eps` is ours over
+    `sqrt(rank)` and its paper's `lr` is ours. Directions of a step share the right side: what it writes is
+    one product, of the sum of their left sides. Sides are not kept but drawn again wherever they are used; of
+    an orthonormal one `rank x rank` numbers are kept, which make Gaussians orthonormal. It has no more
+    columns than the matrix has rows (or, on the right, columns).
+
+    Cost: a thin product, in float64 (see thin.py), of what is shifted or written; of orthonormal sides, when
+    they are refreshed, the product of each with itself besides. A stacked forward shifts no copy of a linear
+    layer's weights: see `parts.corrected`. Raises ValueError for orthonormal sides of Rademacher noise.
     """
 
     def __init__(
         self, law: Law, seed: int, compile: bool, low_rank: LowRank, shapes: Mapping[str, torch.Size]
     ) -> None:
         super().__init__(law, seed, compile)
+        if low_rank.orthonormal and law != "gaussian":
+            raise ValueError(
+                f"noise is {law!r}, and structure is orthonormal: columns of signs may be multiples of each "
+                "other, and have no orthonormal form; set noise to gaussian"
+            )
         self._rank = low_rank
         matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1 and shape.numel()}
         self._rows = {name: shape[0] for name, shape in matrices.items()}
         self._columns = {name: math.prod(shape[1:]) for name, shape in matrices.items()}
+        # By side, what makes it orthonormal, and the refresh that it is of.
+        self._roots: dict[str, tuple[int, Tensor]] = {}
 
     @property
     def kind(self) -> str:
@@ -72,52 +98,127 @@ class LowRankNoise(Noise):
     def has_sides(self, name: str) -> bool:
         return name in self._columns
 
-    def sides(self, name: str, step: int, direction: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        left = self._left(name, step, direction, 0, self._rows[name], device)
-        return left * self._rank.rank**-0.5, self._right(name, step, device)
+    def is_product(self, name: str) -> bool:
+        return self.has_sides(name)
+
+    def add_products(
+        self, out: Tensor, x: Tensor, name: str, step: int, terms: Sequence[tuple[int, float, slice]]
+    ) -> None:
+        for direction, group in itertools.groupby(terms, key=lambda term: term[0]):
+            sides = self.sides(name, step, [(direction, 1.0)], x.device)
+            left, right = (side.to(x.dtype).t() for side in sides)
+            for _, scale, rows in group:
+                thin = x[rows].reshape(-1, x.shape[-1]) @ right
+                out[rows].view(-1, out.shape[-1]).addmm_(thin, left, alpha=scale)
+
+    def sides(
+        self,
+        name: str,
+        step: int,
+        terms: Sequence[tuple[int, float]],
+        device: torch.device,
+        offset: int = 0,
+        numel: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        rows = range(self._rows[name]) if numel is None else self._rows_of(name, offset, numel)
+        return self._left(name, step, terms, rows, device), self._right(name, step, device)
+
+    def left_span(self, span: Span) -> Span:
+        if not self.has_sides(span.name):
+            return span
+        rows, inner = self._rows_of(span.name, span.offset, span.flat.numel()), self._widths(span.name)[1]
+        return Span(span.name, span.flat.new_empty(len(rows) * inner), rows.start * inner)
+
+    def carry(self, name: str, left: Tensor, before: int, step: int) -> None:
+        if before < 0 or self._drawn_at(before) == self._drawn_at(step):
+            return
+        old, new = (self._right(name, s, _CPU) for s in (before, step))
+        # As `new @ new.T` is `columns` times 1, or nearly so, this is nearest to `left @ old`.
+        across = product(old, new.t()) / self._columns[name]
+        left.copy_(product(left.view(-1, len(old)), across.to(left.device)).view(-1))
+
+    def _rows_of(self, name: str, offset: int, numel: int) -> range:
+        """Those that elements `offset ...` lie in."""
+        columns = self._columns[name]
+        return range(offset // columns, -(-(offset + numel) // columns))
+
+    def _drawn_at(self, step: int) -> int:
+        """Where in its stream the right side of a step is."""
+        return 0 if self._rank.fixed else step // self._rank.steps
+
+    def _widths(self, name: str) -> tuple[int, int]:
+        """Columns of what is drawn for the left side, and rows of the right one."""
+        rank = self._rank.rank
+        if not self._rank.orthonormal:
+            return rank, rank
+        return min(rank, self._rows[name]), min(rank, self._columns[name])
 
     def _right(self, name: str, step: int, device: torch.device) -> Tensor:
-        """`[rank, columns]`."""
-        key = 0 if self._rank.fixed else step // self._rank.steps
-        columns, rank = self._columns[name], self._rank.rank
-        return self._drawn(f"{name}\0right", key, 0, 0, columns * rank, device).view(columns, rank).t()
+        """float32 `[inner, columns]`, of a mean square of 1."""
+        key, (_, inner), columns = self._drawn_at(step), self._widths(name), self._columns[name]
+        side = f"{name}\0right"
+        right = self._drawn(side, key, _ITSELF, 0, columns, inner, device).t()
+        if not self._rank.orthonormal:
+            return right
+        root = self._root(side, key, columns, inner).t() * math.sqrt(columns)
+        return product(root.to(device), right).to(torch.float32)
 
     def _left(
-        self, name: str, step: int, direction: int, first: int, rows: int, device: torch.device
+        self,
+        name: str,
+        step: int,
+        terms: Sequence[tuple[int, float]],
+        rows: range,
+        device: torch.device,
     ) -> Tensor:
-        """`[rows, rank]`, from row `first` on."""
-        rank = self._rank.rank
-        if not self._rank.fixed:
-            at = step, direction, first * rank, rows * rank
-            return self._drawn(f"{name}\0left", *at, device).view(rows, rank)
-        left = self._drawn(f"{name}\0left", 0, 0, first * rank, rows * rank, device).view(rows, rank)
-        return left * self._drawn(f"{name}\0weights", step, direction, 0, rank, device)
+        """float32 `[len(rows), inner]`: `scale * left`, summed over `(direction, scale)` in order."""
+        side, width = f"{name}\0left", self._widths(name)[0]
+        if self._rank.orthonormal:
+            key = self._drawn_at(step)
+            left = self._drawn(side, key, _ITSELF, rows.start, len(rows), width, device)
+            return product(left, self._core(name, step, terms).to(device)).to(torch.float32)
+        if self._rank.fixed:
+            left = self._drawn(side, 0, _ITSELF, rows.start, len(rows), width, device)
+            left *= self._drawn(f"{name}\0weights", step, terms, 0, 1, width, device)
+        else:
+            left = self._drawn(side, step, terms, rows.start, len(rows), width, device)
+        return left.mul_(width**-0.5)
+
+    def _core(self, name: str, step: int, terms: Sequence[tuple[int, float]]) -> Tensor:
+        """float64 `[width, inner]`: what Gaussians are multiplied by to make the left side of SubZero."""
+        (width, inner), rows = self._widths(name), self._rows[name]
+        core = self._drawn(f"{name}\0core", step, terms, 0, width, inner, _CPU)
+        root = self._root(f"{name}\0left", self._drawn_at(step), rows, width)
+        return product(root * math.sqrt(rows / (width * inner)), core)
+
+    def _root(self, side: str, key: int, length: int, width: int) -> Tensor:
+        """float64 `[width, width]`, on the CPU whatever the weights are on: `drawn @ root` is orthonormal."""
+        if self._roots.get(side, (None,))[0] != key:
+            drawn = self._drawn(side, key, _ITSELF, 0, length, width, _CPU)
+            self._roots[side] = key, inverse_root(product(drawn.t(), drawn))
+        return self._roots[side][1]
 
     def _drawn(
-        self, name: str, step: int, direction: int, offset: int, numel: int, device: torch.device
+        self,
+        name: str,
+        step: int,
+        terms: Sequence[tuple[int, float]],
+        first: int,
+        rows: int,
+        width: int,
+        device: torch.device,
     ) -> Tensor:
-        out = torch.zeros(numel, device=device)
-        super().accumulate(out, name, step, [(direction, 1.0)], offset)
-        return out
+        """float32 `[rows, width]`, from row `first` on."""
+        out = torch.zeros(rows * width, device=device)
+        super().accumulate(out, name, step, terms, first * width)
+        return out.view(rows, width)
 
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        """`[rows, columns]`: term after term, so that no element depends on how many are asked for."""
-        total: Tensor = left[:, :1] * right[0]
-        for k in range(1, len(right)):
-            total = total + left[:, k : k + 1] * right[k]
-        return total.mul_(self._rank.rank**-0.5)
-
-    def _pieces(
-        self, name: str, step: int, direction: int, offset: int, numel: int, device: torch.device
+    def _z(
+        self, name: str, step: int, terms: Sequence[tuple[int, float]], offset: int, like: Tensor
     ) -> Iterator[tuple[slice, Tensor]]:
-        """z of elements `offset ...`, some rows at a time, and where in them it belongs."""
-        columns, right = self._columns[name], self._right(name, step, device)
-        end, most = offset + numel, max(1, _CHUNK // columns)
-        for first in range(offset // columns, -(-end // columns), most):
-            rows = min(most, -(-end // columns) - first)
-            z = self._product(self._left(name, step, direction, first, rows, device), right).view(-1)
-            start, stop = max(offset, first * columns), min(end, (first + rows) * columns)
-            yield slice(start - offset, stop - offset), z[start - first * columns : stop - first * columns]
+        """Pieces of the sum of `scale * z`: elements `offset ...`, as many as `like` has."""
+        sides = self.sides(name, step, terms, like.device, offset, like.numel())
+        return Thin(*sides, offset).pieces(offset, like.numel())
 
     def shift(
         self,
@@ -129,10 +230,10 @@ class LowRankNoise(Noise):
         offset: int,
         scales: Sequence[float],
     ) -> None:
-        if name not in self._columns:
+        if not self.has_sides(name):
             super().shift(outs, weight, name, step, direction, offset, scales)
             return
-        for piece, z in self._pieces(name, step, direction, offset, weight.numel(), weight.device):
+        for piece, z in self._z(name, step, [(direction, 1.0)], offset, weight):
             exact = weight[piece].to(torch.float32)
             for out, scale in zip(outs, scales, strict=True):
                 out[piece] = exact + z * scale
@@ -140,20 +241,18 @@ class LowRankNoise(Noise):
     def shift_rows(
         self, table: Tensor, rows: Tensor, name: str, step: int, direction: int, scale: float
     ) -> Tensor:
-        left = self._left(name, step, direction, 0, len(table), table.device)
-        right = self._right(name, step, table.device)
+        thin = Thin(*self.sides(name, step, [(direction, 1.0)], table.device))
         out = table.new_empty(len(rows), table.shape[1])
-        size = max(1, _CHUNK // table.shape[1])
+        size = max(1, (1 << 20) // table.shape[1])
         for some, shifted in zip(torch.split(rows, size), torch.split(out, size), strict=True):
-            shifted.copy_(table[some].to(torch.float32) + self._product(left[some], right) * scale)
+            shifted.copy_(table[some].to(torch.float32) + thin.rows(some) * scale)
         return out
 
     def accumulate(
         self, out: Tensor, name: str, step: int, terms: Sequence[tuple[int, float]], offset: int
     ) -> None:
-        if name not in self._columns:
+        if not self.has_sides(name):
             super().accumulate(out, name, step, terms, offset)
             return
-        for direction, scale in terms:
-            for piece, z in self._pieces(name, step, direction, offset, out.numel(), out.device):
-                out[piece] += z * scale
+        for piece, z in self._z(name, step, terms, offset, out):
+            out[piece] += z

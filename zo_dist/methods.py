@@ -1,4 +1,4 @@
-"""The parts of the step that a config names: samplers, coefficients, rules, scales. One section for each."""
+"""The parts of the step that a config names: samplers, coefficients, rules and more. One section for each."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from zo_dist.coefficients import Clip, Coefficients, Raw, RootMeanSquare, SignOnly, Standardise
+from zo_dist.flipout import Flipout
+from zo_dist.lowrank import LowRank
 from zo_dist.rules import SGD, Adam, Moment, Momentum, Rule, Sign
 from zo_dist.samplers import AdaLeZO, Dense, FittedAdaLeZO, Sampler, Uniform, Weigh
 from zo_dist.scale import LearnedScale, RunningScale, Scale
+from zo_dist.structure import Structure
 
 
 class _Section:
@@ -48,6 +51,12 @@ class ScaleSection(_Section):
     def build(self) -> Scale:
         scale: Scale = self._made()
         return scale
+
+
+class StructureSection(_Section):
+    def build(self) -> Structure:
+        structure: Structure = self._made()
+        return structure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +141,7 @@ class RootMeanSquareConfig(CoefficientsSection):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StandardiseConfig(CoefficientsSection):
-    """Slopes over their deviation in the step (FZOO), with `centre` as z-scores (GRZO, ES)."""
+    """Slopes over their deviation in the step (FZOO, GRZO), with `centre` as z-scores (ES)."""
 
     makes = Standardise
     name: Literal["standardise"] = "standardise"
@@ -149,11 +158,12 @@ class SGDConfig(RuleSection):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MomentumConfig(RuleSection):
-    """A running sum of estimates; 4 bytes per parameter."""
+    """A running sum of estimates; 4 bytes per parameter, or with `factored` per row and rank (LOZO-M)."""
 
     makes = Momentum
     name: Literal["momentum"] = "momentum"
     beta: float = 0.9
+    factored: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,7 +217,28 @@ class LearnedScaleConfig(ScaleSection):
         """The file is read when a run begins, and may be made after its config."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LowRankConfig(StructureSection):
+    """A product of thin matrices (LOZO, TeZO, SubZero); the options are those of `zo_dist.LowRank`."""
+
+    makes = LowRank
+    name: Literal["low_rank"] = "low_rank"
+    rank: int = 2
+    refresh: int | None = None
+    fixed: bool = False
+    orthonormal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlipoutConfig(StructureSection):
+    """One base per step, whose rows and columns each direction flips (Flipout, GRZO)."""
+
+    makes = Flipout
+    name: Literal["flipout"] = "flipout"
+
+
 AnySampler = DenseConfig | UniformConfig | AdaLeZOConfig | FittedAdaLeZOConfig
 AnyCoefficients = RawConfig | SignOnlyConfig | ClipConfig | RootMeanSquareConfig | StandardiseConfig
 AnyScale = NoScaleConfig | RunningScaleConfig | LearnedScaleConfig
+AnyStructure = LowRankConfig | FlipoutConfig
 AnyRule = SGDConfig | MomentumConfig | AdamConfig | SignConfig

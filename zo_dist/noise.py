@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from zo_dist import generator, native
 from zo_dist.kernels import EAGER_CHUNK, Kernel, run
+from zo_dist.params import Span
 from zo_dist.stochastic import STOCHASTIC, factors
 
 Law = Literal["rademacher", "gaussian"]
@@ -170,12 +171,51 @@ class Noise:
         return self.law
 
     def has_sides(self, name: str) -> bool:
-        """Is z of this parameter the product of two thin matrices?"""
+        """Is z of this parameter made of two thin matrices? Then `add_products` takes it."""
         return False
 
-    def sides(self, name: str, step: int, direction: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """These, `[rows, rank]` and `[rank, columns]`, in float32."""
+    def add_products(
+        self, out: Tensor, x: Tensor, name: str, step: int, terms: Sequence[tuple[int, float, slice]]
+    ) -> None:
+        """`out[rows] += scale * x[rows] @ z.T` for each `(direction, scale, rows)`, without z itself."""
         raise TypeError(f"{type(self).__name__} has no sides")
+
+    def is_product(self, name: str) -> bool:
+        """Is z of this parameter, and any sum over directions, the product of two thin matrices, `sides`?"""
+        return False
+
+    def sides(
+        self,
+        name: str,
+        step: int,
+        terms: Sequence[tuple[int, float]],
+        device: torch.device,
+        offset: int = 0,
+        numel: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """These in float32, `[rows, inner]` and `[inner, columns]`: their product is the sum of `scale * z`.
+
+        Over `(direction, scale)`, in order; directions share the second. Of the first, the rows that `numel`
+        elements from `offset` on lie in, or all.
+        """
+        raise TypeError(f"{type(self).__name__} is no product")
+
+    def left_span(self, span: Span) -> Span:
+        """What a rule that is `factored` moves in place of `span`: of a matrix its rows of the first side.
+
+        They are a span of that side, not filled in. ValueError if this noise is no product.
+        """
+        raise ValueError(
+            "factored is true: the rule is to keep its momentum in one side of noise of low rank, but this "
+            "noise has full rank; give structure LowRank(...), or set factored to false"
+        )
+
+    def carry(self, name: str, left: Tensor, before: int, step: int) -> None:
+        """Change `left`, flat rows of a first side, from the second side of step `before` to that of `step`.
+
+        In place, so that their product is the nearest to what it was. Nothing if `before` is -1.
+        """
+        raise TypeError(f"{type(self).__name__} is no product")
 
     def values(self, name: str, step: int, direction: int, offset: int, numel: int) -> Tensor:
         """float32 `[numel]` on the CPU: z itself, for tests and for looking."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist.coefficients import Coefficients, Raw
+from zo_dist.curvature import Curvature, DiagonalCurvature
 from zo_dist.engines import select
-from zo_dist.estimators import Estimator, TwoSided
-from zo_dist.lowrank import LowRank, LowRankNoise
+from zo_dist.estimators import Estimator, ThreeSided, TwoSided
 from zo_dist.mask import Mask, SmallWeights
-from zo_dist.noise import Law, Noise
+from zo_dist.noise import Law
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
 from zo_dist.part import Part
 from zo_dist.parts import Shifts
@@ -27,6 +27,7 @@ from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
 from zo_dist.scale import Scale
 from zo_dist.selfcheck import check_engine
+from zo_dist.structure import Structure, noise_of
 from zo_dist.trajectory import StepRecord, TrajectoryError
 from zo_dist.update import update_span, use_each_kernel
 
@@ -43,7 +44,7 @@ class ZeroOrder(torch.optim.Optimizer):
     """Fine-tunes a model, sharded or not, with forward passes only.
 
     A step draws arms for each direction, evaluates the loss at `weights +- eps * noise`, lets the
-    ranks agree on the sums (4 float64 per direction and rank), and has each rank write the spans
+    ranks agree on the sums (2 float64 per side of a direction and rank), and has each rank write the spans
     it owns. No gradient, no optimizer traffic; a sharded forward still gathers each weight, once
     per step with `step_batch` and `perturb="module"`.
 
@@ -51,9 +52,10 @@ class ZeroOrder(torch.optim.Optimizer):
     `requires_grad=False` are left alone. `lr`, `eps`: above 0 (`lr` may be 0), as in MeZO.
     `directions`: how many are tested per step, over all ranks. `sampler`: which arms each of them draws;
     `estimator`, `coefficients`, `rule`: from losses to slopes, to what counts of them, to the move of the
-    weights; `noise`, `low_rank`, `scale`, `mask`: the directions themselves (docs/methods.md has them all).
+    weights; `noise`, `structure`, `scale`, `curvature`, `mask`: the directions themselves (docs/methods.md
+    has them all). A `curvature` implies `ThreeSided`.
     `perturb`: `module` shifts a weight in a scratch copy while the module that owns it runs; `shard` shifts
-    the local shards before a forward and restores their bytes after it (2 x directions forwards of
+    the local shards before a forward and restores their bytes after it (sides x directions forwards of
     their rows), for objectives and models that read weights outside the module that owns them.
     `rounding` of writes to 16-bit weights: `stochastic`, `kahan` (2 bytes per parameter) or
     `nearest`. `max_skipped`: steps in a row with a non-finite loss before NonFiniteLossError.
@@ -78,8 +80,9 @@ class ZeroOrder(torch.optim.Optimizer):
         directions: int = 1,
         perturb: Perturb = "module",
         noise: Law = "rademacher",
-        low_rank: LowRank | None = None,
+        structure: Structure | None = None,
         mask: SmallWeights | None = None,
+        curvature: DiagonalCurvature | None = None,
         rounding: Rounding = "stochastic",
         seed: int = 0,
         max_skipped: int = 10,
@@ -102,13 +105,11 @@ class ZeroOrder(torch.optim.Optimizer):
             self.arms: list[Arm] = group_arms(self.engine.module, self.params)
             # Emptied when the model turns out to run drawn weights before its layers.
             self.layers = [layer for _, layer in find_layers(self.engine.module)]
-            self.noise = Noise(noise, seed, compile)
-            if low_rank is not None:
-                shapes = {p.name: p.shape for p in self.params}
-                self.noise = LowRankNoise(noise, seed, compile, low_rank, shapes)
+            shapes = {p.name: p.shape for p in self.params}
+            self.noise = noise_of(noise, seed, compile, structure, shapes)
             self.sampler = sampler or Dense()
             self.sampler.bind([arm.numel for arm in self.arms], self.noise)
-            self.estimator = estimator or TwoSided()
+            self.estimator = estimator or (ThreeSided() if curvature else TwoSided())
             self.coefficients = coefficients or Raw()
             self.coefficients.bind(directions)
             self.rule = rule or SGD()
@@ -116,11 +117,15 @@ class ZeroOrder(torch.optim.Optimizer):
             self.scale.bind(self.arms)
             self.factors: dict[str, float] = {}
             self.mask = Mask(mask)
+            self.curvature = Curvature(curvature)
+            self.curvature.require(self.estimator, self.scale, self.rule, self.sampler)
             self.rounding = Rounding16(rounding, self.noise)
-            for part in (self.rule, self.rounding):
-                part.begin(self.engine.spans(self.params))
-            # How often each arm was written.
-            self.writes = [0] * len(self.arms)
+            spans = self.engine.spans(self.params)
+            self.rounding.begin(spans)
+            self.rule.begin([self.noise.left_span(s) for s in spans] if self.rule.factored else spans)
+            self.curvature.begin(spans, self.params, perturb)
+            # How often each arm was written, and in which step the last time.
+            self.writes, self.written = [0] * len(self.arms), [-1] * len(self.arms)
             self.eps, self.directions, self.perturb = eps, directions, perturb
             self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
             self.step_count = self.skipped = self.skipped_in_a_row = 0
@@ -133,7 +138,7 @@ class ZeroOrder(torch.optim.Optimizer):
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
         """One step; `closure` returns the loss (or the pair sum, weight) and is called once per probe.
 
-        Every rank tests every direction on its own rows: `2 * directions` forwards. Returns the
+        Every rank tests every direction on its own rows: `sides * directions` forwards. Returns the
         mean loss over the probes of all ranks (nan when the step was skipped).
         """
         if closure is None:
@@ -174,7 +179,10 @@ class ZeroOrder(torch.optim.Optimizer):
         slopes = self.estimator.slopes(losses, self.eps)
         # Each direction's share of the rows (or tokens): the update is the mean over all rows.
         coefs = slopes.new_tensor(self.coefficients.of(slopes.tolist())) * weights / weights.sum()
-        self.record = StepRecord.of(step, lr, draws, slopes.tolist(), coefs.tolist(), of_sides)
+        # Most estimators tell none.
+        bends = zip(self.estimator.curvatures(losses, self.eps).tolist(), weights.tolist(), strict=False)
+        told = slopes.tolist(), coefs.tolist(), of_sides[:2], list(bends)
+        self.record = StepRecord.of(step, lr, draws, *told)
         if not self.record.finite:
             return self._skip(step, lr)
         self._finish(self.record, draws)
@@ -189,7 +197,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.skipped_in_a_row = 0
 
     def _write(self, record: StepRecord) -> None:
-        terms = record.terms
+        terms, curved = record.terms, self.curvature.terms(record)
         params = {p.name: (p, arm) for arm in sorted(terms) for p in self.arms[arm].params}
         for arm in terms:
             self.writes[arm] += 1
@@ -197,7 +205,10 @@ class ZeroOrder(torch.optim.Optimizer):
             param, arm = params[span.name]
             args = self.rule, self.rounding, self.noise, record.step, record.lr, self.writes[arm], self.mask
             factor = self.factors.get(span.name, 1.0)
-            update_span(span, param, [(d, coef * factor) for d, coef in terms[arm]], *args)
+            mine = [(d, coef * factor) for d, coef in terms[arm]]
+            update_span(span, param, mine, *args, self.written[arm], self.curvature, curved.get(arm, ()))
+        for arm in terms:
+            self.written[arm] = record.step
         self.engine.publish()
 
     @torch.no_grad()
@@ -217,6 +228,8 @@ class ZeroOrder(torch.optim.Optimizer):
                 f"step {record.step} drew other arms than {type(self.sampler).__name__} draws here: the log "
                 "was written with another sampler, or other options or an earlier state of it"
             )
+        if self.curvature.used and len(record.curvatures) != len(record.slopes):
+            raise TrajectoryError(f"step {record.step} has no curvatures: the log was written without them")
         self.record, self.step_count = record, record.step + 1
         if record.slopes:
             self._finish(record, draws)
@@ -241,7 +254,7 @@ class ZeroOrder(torch.optim.Optimizer):
             for p in self.arms[arm].params
         }
         perturbation: ModulePerturbation | ShardPerturbation
-        shifts = Shifts(self.noise, step, self.eps, self.factors, self.mask, lengths)
+        shifts = Shifts(self.noise, step, self.eps, self.factors, self.mask, self.curvature, lengths)
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
             perturbation = ModulePerturbation(list(union.values()), shifts, self.layers)
@@ -282,11 +295,10 @@ class ZeroOrder(torch.optim.Optimizer):
         # A weight is shifted where the model computes, and written where its span is.
         kinds = {(p.param.dtype, self.engine.device) for p in self.params}
         kinds |= {(span.flat.dtype, span.flat.device) for span in self.engine.spans(self.params)}
+        unfused = bool(self.mask.thresholds) or self.curvature.used
         self.noise.warm_up(
             kinds,
-            lambda w: use_each_kernel(
-                w, self.rule, self.rounding.mode, self.noise, self.directions, bool(self.mask.thresholds)
-            ),
+            lambda w: use_each_kernel(w, self.rule, self.rounding.mode, self.noise, self.directions, unfused),
         )
         if self.self_check:
             with evaluating(self.engine.module):
@@ -305,26 +317,28 @@ class ZeroOrder(torch.optim.Optimizer):
     @property
     def parts(self) -> dict[str, Part]:
         """What makes a write of slopes, by name: with these, and noise and rounding, a log is replayed."""
-        names = ("sampler", "coefficients", "rule", "scale", "mask")
+        names = ("sampler", "coefficients", "rule", "scale", "mask", "curvature")
         return {name: getattr(self, name) for name in names}
 
     @property
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """What this rank keeps beside its spans: by what it is, and by canonical name."""
-        return {"lost": self.rounding.lost, **self.rule.kept}
+        return {"lost": self.rounding.lost, "curvature": self.curvature.kept, **self.rule.kept}
 
     @property
     def scalars(self) -> dict[str, Any]:
         """The rest of the state, the same on every rank, for JSON. Settable."""
         counters = {"step": self.step_count, "skipped": [self.skipped, self.skipped_in_a_row]}
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        return counters | {"writes": list(self.writes), "parts": parts}
+        arms = {"writes": list(self.writes), "written": list(self.written)}
+        return counters | arms | {"parts": parts}
 
     @scalars.setter
     def scalars(self, scalars: dict[str, Any]) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(scalars["parts"][name])
-        self.step_count, self.writes = scalars["step"], list(scalars["writes"])
+        self.step_count = scalars["step"]
+        self.writes, self.written = list(scalars["writes"]), list(scalars["written"])
         self.skipped, self.skipped_in_a_row = scalars["skipped"]
 
     def state_dict(self) -> dict[str, Any]:

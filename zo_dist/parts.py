@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_dist.curvature import Curvature
 from zo_dist.kernels import EAGER_CHUNK
 from zo_dist.mask import Mask
 from zo_dist.noise import Noise
@@ -40,9 +41,9 @@ class Probe:
 class Shifts:
     """Weights at the probes of one step.
 
-    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`, by name; `lengths`
-    are those of draws, by direction and name. Of both, 1 where there is none. What `mask` leaves out is as
-    it was.
+    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`, by name,
+    `curvature` divides the noise of each weight, `lengths` are those of draws, by direction and name. What
+    `mask` leaves out is as it was.
     """
 
     noise: Noise
@@ -50,6 +51,7 @@ class Shifts:
     eps: float
     factors: Mapping[str, float] = field(default_factory=dict)
     mask: Mask = field(default_factory=Mask)
+    curvature: Curvature = field(default_factory=Curvature)
     lengths: Mapping[tuple[int, str], float] = field(default_factory=dict)
 
     def copies(
@@ -57,8 +59,23 @@ class Shifts:
     ) -> None:
         """For each of one direction's probes, `flat` shifted; it begins at element `offset` of `name`."""
         scales = [self.size(name, probe) for probe in probes]
-        self.noise.shift(outs, flat, name, self.step, probes[0].direction, offset, scales)
+        where = name, self.step, probes[0].direction, offset
+        if self.curvature.used:
+            self.curvature.shift(outs, flat, self.noise, *where, scales)
+        else:
+            self.noise.shift(outs, flat, *where, scales)
         self.mask.put_back(outs, flat, name)
+
+    def rows(self, table: Tensor, ids: Tensor, name: str, probe: Probe) -> Tensor:
+        """`[len(ids), width]`: these rows of a whole matrix as `copies` shifts them, but for the mask."""
+        where = name, self.step, probe.direction, self.size(name, probe)
+        if self.curvature.used:
+            return self.curvature.shift_rows(table, ids, self.noise, *where)
+        return self.noise.shift_rows(table, ids, *where)
+
+    def are_thin(self, name: str) -> bool:
+        """Is what is added to this weight the product of two thin matrices?"""
+        return self.noise.has_sides(name) and not self.mask.cuts(name) and not self.curvature.used
 
     def size(self, name: str, probe: Probe) -> float:
         """What the noise of a parameter is multiplied by."""
@@ -111,9 +128,8 @@ def looks_up_few(owner: nn.Module, ids: Tensor) -> bool:
 
 def looked_up(shifts: Shifts, table: Tensor, name: str, probe: Probe, ids: Tensor) -> Tensor:
     """What an nn.Embedding returns: the rows that are looked up are shifted, and no others."""
-    size = shifts.size(name, probe)
     flat_ids = ids.reshape(-1)
-    rows = shifts.noise.shift_rows(table, flat_ids, name, shifts.step, probe.direction, size)
+    rows = shifts.rows(table, flat_ids, name, probe)
     if shifts.mask.cuts(name):
         few = max(1, EAGER_CHUNK // table.shape[1])
         for some, shifted in zip(torch.split(flat_ids, few), torch.split(rows, few), strict=True):
@@ -171,28 +187,23 @@ def corrected(
     out: Tensor,
     groups: Sequence[Sequence[tuple[Probe, slice]]],
 ) -> Tensor:
-    """What an nn.Linear returns under noise of low rank: `out`, of stored weights, and thin products added.
+    """What an nn.Linear returns under noise of two sides: `out`, of stored weights, and other products added.
 
     `owned`: the names of weight and bias. `groups`: the probes of one direction that drew them, with their
     rows. No weight is shifted and all probes share one product; `x` is read once more for each. In 16
     bits an output is rounded twice, where a product with a shifted copy is rounded once.
     """
     weight, bias = owned.get("weight", ""), owned.get("bias", "")
+    drawn = [(probe, rows) for group in groups for probe, rows in group if weight in probe.drawn]
+    if drawn:
+        terms = [(probe.direction, shifts.size(weight, probe), rows) for probe, rows in drawn]
+        shifts.noise.add_products(out, x, weight, shifts.step, terms)
     for group in groups:
-        direction, drawn = group[0][0].direction, group[0][0].drawn
-        if weight in drawn:
-            sides = shifts.noise.sides(weight, shifts.step, direction, x.device)
-            left, right = (side.to(x.dtype).t() for side in sides)
-        if bias in drawn:
+        if bias in group[0][0].drawn:
             z = torch.zeros(out.shape[-1], device=x.device)
-            shifts.noise.accumulate(z, bias, shifts.step, [(direction, 1.0)], 0)
-        for probe, rows in group:
-            piece = out[rows].view(-1, out.shape[-1])
-            if weight in drawn:
-                thin = x[rows].reshape(-1, x.shape[-1]) @ right
-                piece.addmm_(thin, left, alpha=shifts.size(weight, probe))
-            if bias in drawn:
-                piece += z * shifts.size(bias, probe)
+            shifts.noise.accumulate(z, bias, shifts.step, [(group[0][0].direction, 1.0)], 0)
+            for probe, rows in group:
+                out[rows] += z * shifts.size(bias, probe)
     return out
 
 

@@ -164,7 +164,7 @@ class ModulePerturbation:
         assert isinstance(owner, nn.Linear)
         owned = {place.attribute: param.name for place, param in self._owned[owner]}
         weight = owned.get("weight", "")
-        if self._shifts.noise.has_sides(weight) and not self._shifts.mask.cuts(weight):
+        if self._shifts.are_thin(weight):
             drawn = [[(self._live[i][0], rows[i]) for i in sides] for sides in groups]
             return corrected(self._shifts, owned, x, forward(x), drawn)
         out = x.new_empty(*x.shape[:-1], owner.out_features)

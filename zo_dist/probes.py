@@ -105,7 +105,7 @@ class StepProbes:
             for d, params in enumerate(drawn)
         ]
         # Of each direction and side, the losses and weights of its rows, a tensor for each forward.
-        self._seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in drawn]
+        self._seen: list[list[list[Tensor]]] = [[[] for _ in estimator.signs] for _ in drawn]
 
     def by_closure(self, closure: Closure) -> Tensor:
         """Evaluate `closure` once per probe, on all its rows: directions x sides forwards."""
@@ -165,7 +165,8 @@ class StepProbes:
             sums = _per_row(row_loss(self._engine.module, _stack(batch, pieces)), pieces)
         parts = torch.split(sums, [rows for _, rows in live])
         for i, ((probe, _), part) in enumerate(zip(live, parts, strict=True)):
-            self._seen[probe.direction][i % 2].append(part)
+            # The sides of a direction follow each other.
+            self._seen[probe.direction][i % len(self._estimator.signs)].append(part)
 
     def _one_probe(
         self,
@@ -197,11 +198,11 @@ class StepProbes:
         return self._perturbation.shifted(self._engine.spans(drawn), probe)
 
     def _total(self) -> Tensor:
-        """float64 `[directions, 2, 2]`: by direction and side, the sum of losses and that of weights."""
-        total = torch.zeros(len(self._seen), 2, 2, dtype=torch.float64)
+        """float64 `[directions, sides, 2]`: by direction and side, the sum of losses and that of weights."""
+        total = torch.zeros(len(self._seen), len(self._estimator.signs), 2, dtype=torch.float64)
         for direction, sides in enumerate(self._seen):
-            for pair in zip(*sides, strict=True):
-                for side, rows in enumerate(self._estimator.clipped(*pair, self._eps)):
+            for of_rows in zip(*sides, strict=True):
+                for side, rows in enumerate(self._estimator.clipped(of_rows, self._eps)):
                     total[direction, side] += rows.sum(0)
         return total
 

@@ -24,12 +24,14 @@ class Rule(Part):
     """What all rules share; `Momentum` is the simplest that keeps something.
 
     `keeps`: names of the float32 tensors that are kept beside each weight (4 bytes per parameter each),
-    sharded as the weight is and zero at the start. As in MeZO, `weight_decay` leaves biases and norms
-    alone (here: every parameter of fewer than two dimensions). Under a sampler, weights that were not
-    drawn do not decay, and what is kept of them stays as it is.
+    sharded as the weight is and zero at the start. `factored`: in a matrix whose noise has two sides, the
+    rule moves the first of these, keeps tensors of its shape, and the weights' move is the product. As in
+    MeZO, `weight_decay` leaves biases and norms alone (here: every parameter of fewer than two dimensions).
+    Under a sampler, weights that were not drawn do not decay, and what is kept of them stays as it is.
     """
 
     keeps: tuple[str, ...] = ()
+    factored: bool = False
 
     def __init__(self, weight_decay: float = 0.0) -> None:
         if not 0.0 <= weight_decay < math.inf:
@@ -38,7 +40,11 @@ class Rule(Part):
         self.kept: dict[str, dict[str, Tensor]] = {}
 
     def begin(self, spans: Sequence[Span]) -> None:
-        """Make what is kept, by its name and that of the weight: called once, by `ZeroOrder`."""
+        """Make what is kept, by its name and that of the weight: called once, by `ZeroOrder`.
+
+        `spans`: what is moved (see `Noise.left_span`).
+        """
+        self.offsets = {span.name: span.offset for span in spans}
         self.kept = {
             key: {span.name: torch.zeros_like(span.flat, dtype=torch.float32) for span in spans}
             for key in self.keeps
@@ -67,13 +73,20 @@ class Momentum(Rule):
     """`m <- beta * m + estimate; move = m`, as torch's SGD with momentum (ZO-Bench, arXiv 2402.11592).
 
     `beta` in [0, 1); the move grows to 1 / (1 - beta) estimates. Keeps one tensor.
+
+    `factored`, for noise of low rank alone: of a matrix, rank numbers per row are kept: LOZO-M (arXiv
+    2410.07698). While a right side lasts the moves are the same. One that is new takes over what it can of
+    the momentum: of that of LOZO a share of some `sqrt(rank / columns)`, so this is nearly a new start.
     """
 
     keeps = ("momentum",)
 
-    def __init__(self, beta: float = 0.9, weight_decay: float = 0.0) -> None:
+    def __init__(self, beta: float = 0.9, weight_decay: float = 0.0, factored: bool = False) -> None:
         super().__init__(weight_decay)
-        self.beta = _share("beta", beta)
+        self.beta, self.factored = _share("beta", beta), factored
+        if factored:
+            # Another name, for a snapshot of one form is none of the other.
+            self.keeps = ("factored_momentum",)
 
     def move(self, estimate: Tensor, kept: Sequence[Tensor], writes: int) -> Tensor:
         return kept[0].mul_(self.beta).add_(estimate)

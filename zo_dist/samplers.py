@@ -42,6 +42,8 @@ class Sampler(Part):
 
     num_arms: int
     noise: Noise
+    # Where the weights of arms are, if it gives them any: see `Bandit`.
+    weigh: Weigh = "update"
 
     def bind(self, sizes: Sequence[int], noise: Noise) -> None:
         if not sizes:

@@ -67,14 +67,15 @@ class PendingSnapshot:
         self._file: tuple[int, int] = (0, 0)
         self._error: OSError | None = None
         with engine.jointly():
-            tensors = {}
-            for span in engine.spans(optimizer.params):
-                first = min(rank for rank, offset, _ in holders[span.name] if offset == span.offset)
-                if first == engine.rank:
-                    tensors[_key("weight", span)] = _on_cpu(span.flat)
-                    for kind, of in optimizer.beside.items():
-                        if span.name in of:
-                            tensors[_key(kind, span)] = _on_cpu(of[span.name])
+            first = {
+                span.name: min(rank for rank, offset, _ in holders[span.name] if offset == span.offset)
+                for span in engine.spans(optimizer.params)
+            }
+            tensors = {
+                _key(kind, piece): _on_cpu(piece.flat)
+                for kind, piece in _pieces(optimizer)
+                if first[piece.name] == engine.rank
+            }
             self._thread = threading.Thread(target=self._write, args=(tensors,), name="snapshot")
             self._thread.start()
 
@@ -131,14 +132,7 @@ def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
                 check_file(path / name, expected)
     with engine.jointly():
         index = _index(path, manifest)
-        spans = engine.spans(optimizer.params)
-        beside = [
-            (kind, Span(name, tensor, _offset(spans, name)))
-            for kind, of in optimizer.beside.items()
-            for name, tensor in of.items()
-        ]
-        read = [(span, _read_piece(path, index, "weight", span)) for span in spans]
-        read += [(span, _read_piece(path, index, kind, span)) for kind, span in beside]
+        read = [(piece, _read_piece(path, index, kind, piece)) for kind, piece in _pieces(optimizer)]
     for span, piece in read:
         span.flat.copy_(piece)
     engine.publish()
@@ -205,8 +199,16 @@ def _key(kind: str, span: Span) -> str:
     return f"{kind}/{span.offset}/{span.name}"
 
 
-def _offset(spans: list[Span], name: str) -> int:
-    return next(span.offset for span in spans if span.name == name)
+def _pieces(optimizer: ZeroOrder) -> list[tuple[str, Span]]:
+    """What this rank holds: its weights, and what is kept beside them, by what it is."""
+    spans = optimizer.engine.spans(optimizer.params)
+    offsets = {span.name: span.offset for span in spans}
+    pieces = [("weight", span) for span in spans]
+    for kind, of in optimizer.beside.items():
+        # A rule may keep what has another shape than the weight.
+        of_kind = optimizer.rule.offsets if kind in optimizer.rule.kept else offsets
+        pieces += [(kind, Span(name, tensor, of_kind[name])) for name, tensor in of.items()]
+    return pieces
 
 
 def _index(path: Path, manifest: dict[str, Any]) -> dict[tuple[str, str], list[tuple[int, str, str]]]:
@@ -226,14 +228,15 @@ def _read_piece(
     """The elements of a span, on the CPU, from whichever files have them."""
     out = torch.empty(span.flat.shape, dtype=span.flat.dtype)
     filled = 0
-    for offset, file, key in index.get((kind, span.name), []):
+    # Pieces of what has a number for each row of a weight overlap, where ranks share a row of it.
+    for offset, file, key in sorted(index.get((kind, span.name), [])):
         with safe_open(path / file, "pt") as opened:
             piece = opened.get_slice(key)
             (length,) = piece.get_shape()
-            start, stop = max(offset, span.offset), min(offset + length, span.offset + len(out))
-            if start < stop:
-                out[start - span.offset : stop - span.offset] = piece[start - offset : stop - offset]
-                filled += stop - start
+            start, stop = span.offset + filled, min(offset + length, span.offset + len(out))
+            if offset <= start < stop:
+                out[filled : stop - span.offset] = piece[start - offset : stop - offset]
+                filled = stop - span.offset
     if filled != len(out):
         raise SnapshotError(
             f"{path} has {filled} of {len(out)} elements of {kind} {span.name} from {span.offset} on; it "

@@ -27,9 +27,10 @@ import torch
 from zo_dist.files import append_whole, naming
 from zo_dist.samplers import Draw
 
-MAGIC, VERSION = b"zo_dist\n", 2
+MAGIC, VERSION = b"zo_dist\n", 3
 
 _U32, _STEP, _LOSSES = struct.Struct("<I"), struct.Struct("<QdH"), struct.Struct("<dd")
+_CURVATURE = struct.Struct("<ff")
 # A length is believed only with its checksum: one that points past the end of the file would else
 # pass for a record that was cut short.
 _PREFIX = struct.Struct("<II")
@@ -46,8 +47,9 @@ class StepRecord:
     """What one step wrote: `weight += rule(sum over directions of scale * z)`.
 
     For each direction: `slopes` (loss per parameter unit), `arms` that it drew, and for each of these
-    `scales`, what its noise is multiplied by, in float32. `losses`: the mean loss of either side. All
-    are empty if the step was skipped.
+    `scales`, what its noise is multiplied by, in float32. `losses`: the mean loss of either side of the
+    slope. `curvatures`: of each direction its curvature and the weight of its rows, in float32; empty unless
+    H is learnt from them (`Curvature`). All are empty if the step was skipped.
     """
 
     step: int
@@ -56,6 +58,7 @@ class StepRecord:
     arms: tuple[tuple[int, ...], ...] = ()
     scales: tuple[tuple[float, ...], ...] = ()
     losses: tuple[float, ...] = ()
+    curvatures: tuple[tuple[float, float], ...] = ()
 
     @staticmethod
     def of(
@@ -65,18 +68,20 @@ class StepRecord:
         slopes: Sequence[float],
         coefs: Sequence[float],
         losses: Sequence[float],
+        curvatures: Sequence[tuple[float, float]] = (),
     ) -> StepRecord:
         """The record of a step; `coefs` are the slopes times each direction's share of the rows."""
         pairs = zip(draws, coefs, strict=True)
         scales = (torch.tensor([coef * w for w in draw.weights], dtype=torch.float32) for draw, coef in pairs)
         arms = tuple(draw.arms for draw in draws)
         exact = tuple(tuple(s.tolist()) for s in scales)
-        return StepRecord(step, lr, tuple(slopes), arms, exact, tuple(losses))
+        bends = ((c, w) for c, w in torch.tensor(curvatures, dtype=torch.float32).tolist())
+        return StepRecord(step, lr, tuple(slopes), arms, exact, tuple(losses), tuple(bends))
 
     @property
     def finite(self) -> bool:
         """Is every number fit to be written to weights?"""
-        return all(map(math.isfinite, itertools.chain(self.slopes, *self.scales)))
+        return all(map(math.isfinite, itertools.chain(self.slopes, *self.scales, *self.curvatures)))
 
     @property
     def terms(self) -> dict[int, list[tuple[int, float]]]:
@@ -100,7 +105,7 @@ class StepRecord:
             if len(distinct) > 255 or len(body) >= 4 * len(packed):
                 distinct, body = [], b"".join(packed)
             parts += [struct.pack("<dB", slope, len(distinct)), mask, body]
-        return b"".join(parts)
+        return b"".join(parts + [_CURVATURE.pack(*pair) for pair in self.curvatures])
 
     @staticmethod
     def unpack(data: bytes, num_arms: int) -> StepRecord:
@@ -126,9 +131,11 @@ class StepRecord:
             slopes.append(slope)
             drawn.append(arms)
             scaled.append(stored)
-        if at != len(data):
+        # All before this says how long it is, so that the rest is curvatures or nothing.
+        curvatures = tuple(_CURVATURE.iter_unpack(data[at:]))
+        if len(curvatures) not in (0, count):
             raise ValueError(f"{len(data) - at} bytes too many")
-        return StepRecord(step, lr, tuple(slopes), tuple(drawn), tuple(scaled), losses)
+        return StepRecord(step, lr, tuple(slopes), tuple(drawn), tuple(scaled), losses, curvatures)
 
 
 class TrajectoryReader:

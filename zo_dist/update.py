@@ -2,7 +2,7 @@
 
 A chunk at a time, the noise of every direction is added up in float32 while the chunk is in cache, the
 rule makes a move of the sum, and the new weights are rounded. SGD has this fused into one kernel,
-but not where a mask leaves some weights out.
+but not where a mask leaves some weights out or a curvature divides the sum.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist import native
+from zo_dist.curvature import Curvature
 from zo_dist.mask import Mask
 from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise
 from zo_dist.params import Param, Span
 from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Rule
+from zo_dist.thin import Thin
 
 # Elements per pass and core: their float32 sums stay in its cache over all directions. A GPU takes
 # more at once, because a call takes it less time than it takes the processor to ask for it.
@@ -35,16 +37,22 @@ def update_span(
     lr: float,
     writes: int,
     mask: Mask | None = None,
+    last: int = -1,
+    curvature: Curvature | None = None,
+    curved: Sequence[tuple[int, float]] = (),
 ) -> None:
     """Apply all directions to one span: one read and one write of each weight.
 
     `terms` are `(direction, coefficient)`, the coefficients already weighted and averaged; they are
     added up in float32 in the order given, so the result does not depend on how weights are cut.
-    `writes`: as of `Rule.move`. What `mask` leaves out stays as it is, with all that is kept beside it.
+    `writes`: as of `Rule.move`; `last`: the step that wrote before, or -1. What `mask` leaves out stays as it
+    is, with all that is kept beside it, but for what a factored rule keeps of sides. `curved`: what
+    `curvature` learns from, `(direction, curvature)`.
     """
-    mask = mask or Mask()
-    # The fused forms know no mask, and no noise that is a product of two sides.
-    fused = type(rule) is SGD and not mask.cuts(span.name) and not noise.has_sides(span.name)
+    mask, curvature = mask or Mask(), curvature or Curvature()
+    # The fused forms know no mask, no curvature, and no noise that is made of two sides.
+    plain = not (mask.cuts(span.name) or curvature.used or noise.has_sides(span.name))
+    fused = type(rule) is SGD and plain
     remaining = rule.remaining(lr, param.shape)
     if fused and noise.in_native(span.flat):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
@@ -52,6 +60,9 @@ def update_span(
         drawn = bits if rounding.mode == "stochastic" else None
         native.update(span.flat, lost, noise.law, address, span.offset, terms, drawn, remaining, lr)
         return
+    # A factored rule has made its move of a side.
+    thin = _thin(span, terms, rule, noise, step, writes, last) if noise.is_product(span.name) else None
+    moved = thin is not None and rule.factored
     scalars = torch.tensor((remaining, lr), dtype=torch.float64, device=span.flat.device)
     chunk = _CHUNK * torch.get_num_threads() if span.flat.device.type == "cpu" else _GPU_CHUNK
     for start in range(0, span.flat.numel(), chunk):
@@ -60,14 +71,43 @@ def update_span(
         exact = rounding.scratch(flat)
         lost = rounding.lost_of(span.name, start, flat.numel())
         inputs = (flat,) if lost is None else (flat, lost)
-        kept = [rule.kept[key][span.name][start : start + chunk] for key in rule.keeps]
-        with mask.kept(flat, [*inputs[1:], *kept], span.name):
+        keeps = () if moved else rule.keeps
+        kept = [rule.kept[key][span.name][start : start + chunk] for key in keeps]
+        h = curvature.of(span.name, offset, flat.numel()) if curvature.used else None
+        with mask.kept(flat, [t for t in (lost, *kept, h) if t is not None], span.name):
             if fused:
                 noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, (scalars,))
             else:
-                noise.accumulate(exact.zero_(), span.name, step, terms, offset)
-                exact.copy_(_new_weights(rule.move(exact, kept, writes), scalars, *inputs))
+                if thin is None:
+                    noise.accumulate(exact.zero_(), span.name, step, terms, offset)
+                else:
+                    for piece, total in thin.pieces(offset, len(exact)):
+                        exact[piece] = total
+                if h is not None:
+                    curvature.precondition(exact, h, noise, span.name, step, curved, offset)
+                move = exact if moved else rule.move(exact, kept, writes)
+                exact.copy_(_new_weights(move, scalars, *inputs))
             rounding.write(flat, exact, lost, span.name, step, offset)
+
+
+def _thin(
+    span: Span,
+    terms: Sequence[tuple[int, float]],
+    rule: Rule,
+    noise: Noise,
+    step: int,
+    writes: int,
+    last: int,
+) -> Thin:
+    """The estimate as one product of two sides; with a rule that is factored, the move."""
+    place = span.flat.device, span.offset, span.flat.numel()
+    left, right = noise.sides(span.name, step, terms, *place)
+    if rule.factored:
+        kept = [rule.kept[key][span.name] for key in rule.keeps]
+        for tensor in kept:
+            noise.carry(span.name, tensor, last, step)
+        left = rule.move(left.reshape(-1), kept, writes).view(left.shape)
+    return Thin(left, right, span.offset)
 
 
 def _new_weights(move: Tensor, scalars: Tensor, flat: Tensor, lost: Tensor | None = None) -> Tensor:
@@ -80,11 +120,11 @@ def _new_weights(move: Tensor, scalars: Tensor, flat: Tensor, lost: Tensor | Non
 
 
 def use_each_kernel(
-    weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int, masked: bool = False
+    weights: Tensor, rule: Rule, mode: Rounding, noise: Noise, directions: int, unfused: bool = False
 ) -> None:
     """Shift and update flat scratch `weights` in each way that a run will, so that all is compiled.
 
-    `masked`: a mask cuts some of the run's parameters.
+    `unfused`: a mask cuts some of the run's parameters, or a curvature divides all estimates.
     """
     outs = [torch.empty_like(weights), torch.empty_like(weights)]
     noise.shift(outs, weights, "", 0, 0, 0, [0.0, 0.0])
@@ -100,7 +140,7 @@ def use_each_kernel(
             # What other rules keep is not for scratch, and their moves are not compiled.
             if type(rule) is SGD:
                 update_span(span, param, terms, rule, rounding, noise, step=0, lr=0.0, writes=1)
-                if not masked:
+                if not unfused:
                     continue
             exact = rounding.scratch(weights)
             noise.accumulate(exact.zero_(), "", 0, terms, 0)

@@ -75,6 +75,8 @@ FEW: list[Combo] = [
     (("bfloat16", "kahan"), 8, "uniform", "module", "gaussian", "one_sided", "fzoo", "adam", "small"),
     (("float16", "stochastic"), 2, "dense", "shard", "rademacher", "two_sided", "raw", "momentum", "all"),
     (("bfloat16", "stochastic"), 1, "adalezo", "shard", "lozo", "two_sided", "rms", "sgd", "small"),
+    (("float32", "stochastic"), 3, "adalezo", "module", "subzero", "two_sided", "raw", "lozo_m", "all"),
+    (("bfloat16", "stochastic"), 3, "adalezo", "module", "gaussian", "three_sided", "raw", "sgd", "all"),
 ]
 
 
@@ -86,6 +88,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
     import torch.distributed as dist
 
     (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule, mask = combo
+    estimator = table.estimator_for(sampler, estimator)
     share = SHARES[dist.get_world_size()]
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
     mine = [cut(batch, a, b) for a, b in share[dist.get_rank()]]
@@ -98,13 +101,14 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         coefficients=coefficients,
         rule=rule,
         directions=directions,
-        perturb=mode,
+        perturb=table.mode_of(engine, dist.get_world_size(), mode, estimator),
         noise=noise,
         mask=mask,
         rounding=rounding,
         **options,
     )
-    loss = Injected(mode, directions, max(len(pieces) for pieces in share)) if given else loss_of
+    sides, forwards = len(optimizer.estimator.signs), max(len(pieces) for pieces in share)
+    loss = Injected(optimizer.perturb, directions, forwards, sides=sides) if given else loss_of
     for _ in range(STEPS):
         optimizer.step_batch(mine, loss)
     return whole_weights(optimizer)
@@ -122,6 +126,7 @@ def weights_of_reference(
 ) -> tuple[dict[str, Any], list[float]]:
     """What `final_weights` should be, and the loss of each step."""
     (dtype, rounding), directions, sampler, _, noise, estimator, shape, rule, mask = combo
+    estimator = table.estimator_for(sampler, estimator)
     small = table.MASKS[mask]
     method, options = table.REFERENCE[sampler]
     reference = Reference(
@@ -134,14 +139,16 @@ def weights_of_reference(
         law=noise,
         rounding=rounding,
         weight_decay=weight_decay,
-        two_sided=estimator == "two_sided",
+        estimator=estimator,
         rule=rule,
         shape=shape,
         options=options,
         share=1.0 if small is None else small.share,
     )
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
-    loss = Injected("reference", directions) if given else loss_of
+    loss = (
+        Injected("reference", directions, sides=len(table.ESTIMATORS[estimator].signs)) if given else loss_of
+    )
     with remembered_noise():
         losses = [reference.step(batch, loss) for _ in range(STEPS)]
     return reference.weights(), losses
@@ -189,7 +196,8 @@ def test_given_losses_leave_the_same_bits_on_a_language_model(
     pool: Callable[[int], Pool], engine: str
 ) -> None:
     _skip_without_deepspeed(engine)
-    _expect_same(pool(2).run(runs_on_rank, engine, "llama", FEW[:3]), "llama", FEW[:3])
+    combos = [*FEW[:3], FEW[4]]
+    _expect_same(pool(2).run(runs_on_rank, engine, "llama", combos), "llama", combos)
 
 
 def test_the_bits_do_depend_on_what_they_should() -> None:
@@ -203,13 +211,14 @@ def test_the_bits_do_depend_on_what_they_should() -> None:
         (base[0], 2, *base[2:]),
         (*base[:2], "dense", *base[3:]),
         *((*base[:4], noise, *base[5:]) for noise in table.NOISES if noise != "rademacher"),
-        (*base[:5], "one_sided", *base[6:]),
+        *((*base[:5], estimator, *base[6:]) for estimator in table.ESTIMATORS if estimator != "two_sided"),
         *((*base[:6], shape, *base[7:]) for shape in table.COEFFICIENTS if shape != "raw"),
-        *((*base[:7], rule, base[8]) for rule in table.RULES if rule != "sgd"),
+        *((*base[:7], rule, base[8]) for rule in table.RULES if rule not in ("sgd", *table.OF_FULL_RANK)),
+        *((*base[:4], "lozo", *base[5:7], rule, base[8]) for rule in ("momentum", "lozo_m")),
         (*base[:8], "small"),
     ]
     start = digest(dict(build("sequential", torch.bfloat16).named_parameters()))
-    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 21
+    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 27
 
 
 # End to end: the losses are the model's own.

@@ -69,6 +69,11 @@ def shard_with_fsdp2(
     return module
 
 
+def is_cpu_offload(policy: object) -> bool:
+    """Is this FSDP2's policy that keeps shards in CPU memory?"""
+    return isinstance(policy, CPUOffloadPolicy)
+
+
 @contextmanager
 def zero3_loading(ds: DsConfig) -> Iterator[None]:
     """Inside, `from_pretrained` builds models partitioned from the start (zero.Init)."""
