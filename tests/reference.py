@@ -31,12 +31,12 @@ RowLoss = Callable[[nn.Module, dict[str, Tensor]], Any]
 class Reference:
     """One optimizer; `step` takes the rows of all ranks at once.
 
-    `arms`: the parameter names of each arm. `method`: `mezo`, `lezo` or `adalezo`, with its
-    `options` (sparsity; ratio, tau, gamma, alpha, clip). `rule`, `shape`: what becomes of an estimate
-    and of slopes, by the names of `move` and `shaped`. `share`: how many of each matrix's weights, the
-    smallest when this is made, are trained. With the estimator `three_sided` it is HiZOO, with `smoothing`,
-    and has no anchor. `anchor`: every how many steps one is dropped, with how many directions, and the ratio
-    of learning rates.
+    `arms`: the parameter names of each arm. `method`: `mezo`, `lezo`, `adalezo` or `fitted_adalezo`, with
+    its `options` (sparsity; ratio, tau, gamma, alpha, clip, weigh_both; draws, memory, spread). `rule`,
+    `shape`: what becomes of an estimate and of slopes, by the names of `move` and `shaped`. `share`: how many
+    of each matrix's weights, the smallest when this is made, are trained. With the estimator
+    `three_sided` it is HiZOO, with `smoothing`, and has no anchor. `anchor`: every how many steps one is
+    dropped, with how many directions, and the ratio of learning rates.
     """
 
     def __init__(
@@ -70,8 +70,16 @@ class Reference:
         self.rule, self.all_slopes = rule, list[list[float]]()
         self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
         self.options = {"sparsity": 0.75, "ratio": 0.2, "tau": 0.6, "gamma": 0.1, "alpha": 0.1, "clip": 4.0}
+        self.options.update({"weigh_both": False, "draws": 1, "memory": 1000.0, "spread": 1.0})
         self.options.update(options or {})
         self.scores = [0.0] * len(arms)  # AdaLeZO's q
+        self.fitted = np.ones(len(arms))
+        shapes = {name: w.shape.numel() for name, w in self.weights().items()}
+        self.sizes = np.array([float(sum(shapes[name] for name in arm)) for arm in arms])
+        self.sizes /= self.sizes.mean()
+        # Of each direction so far: its step, how much of each arm it moved, the square of its slope once cut,
+        # its precision.
+        self.seen: list[tuple[int, np.ndarray, float, float]] = []
         self.lost = {name: torch.zeros_like(p) for name, p in self.weights().items()}
         self.smoothing = smoothing
         self.curvature = {name: torch.ones(p.shape) for name, p in self.weights().items()}  # HiZOO's H
@@ -91,27 +99,64 @@ class Reference:
     # Samplers
 
     def probabilities(self) -> list[float]:
+        if self.method == "fitted_adalezo":
+            best, gamma = self.sizes * np.sqrt(self.fitted), self.options["gamma"]
+            return ((1 - gamma) * best / best.sum() + gamma * self.sizes / self.sizes.sum()).tolist()
         top = max(self.scores)
         scaled = [q / top if top > 1e-6 else q for q in self.scores]
         exps = [math.exp(s / self.options["tau"]) for s in scaled]
         gamma = self.options["gamma"]
         return [(1 - gamma) * e / sum(exps) + gamma / len(exps) for e in exps]
 
-    def draw(self, direction: int) -> dict[int, float]:
-        """Each drawn arm and the weight of its update."""
+    def draw(self, direction: int) -> dict[int, tuple[float, float]]:
+        """Each drawn arm, and what its noise is multiplied by in the update and in the probe."""
         count = len(self.arms)
         uniform = lambda n: self.noise.uniforms("zo_dist.sampler", self.step_number, direction, n)  # noqa: E731
         if self.method == "mezo":
-            return dict.fromkeys(range(count), 1.0)
+            return dict.fromkeys(range(count), (1.0, 1.0))
         if self.method == "lezo":
             kept = max(1, round((1 - self.options["sparsity"]) * count))
             order = sorted(zip(uniform(count), range(count), strict=True))
-            return dict.fromkeys(sorted(arm for _, arm in order[:kept]), 1.0)
-        draws, p = max(1, int(self.options["ratio"] * count)), self.probabilities()
+            return dict.fromkeys(sorted(arm for _, arm in order[:kept]), (1.0, 1.0))
+        fits, p = self.method == "fitted_adalezo", self.probabilities()
+        draws = int(self.options["draws"]) if fits else max(1, int(self.options["ratio"] * count))
         edges = list(itertools.accumulate(p))[:-1]
         drawn = sorted(sum(u >= edge for edge in edges) for u in uniform(draws))
-        clip = self.options["clip"]
-        return {arm: drawn.count(arm) * min(1 / (draws * p[arm]), clip) for arm in drawn}
+        clip = math.inf if fits else self.options["clip"]
+        weights = {arm: drawn.count(arm) * min(1 / (draws * p[arm]), clip) for arm in drawn}
+        if fits or self.options["weigh_both"]:
+            return {arm: (math.sqrt(a), math.sqrt(a)) for arm, a in weights.items()}
+        return {arm: (a, 1.0) for arm, a in weights.items()}
+
+    def fit(self, draws: Sequence[Mapping[int, tuple[float, float]]], slopes: Sequence[float]) -> None:
+        """FittedAdaLeZO: the posterior means, from all that was seen."""
+        for drawn, slope in zip(draws, slopes, strict=True):
+            members = np.array([drawn[arm][1] ** 2 if arm in drawn else 0.0 for arm in range(len(self.arms))])
+            members *= self.sizes
+            expected = max(float(members @ self.fitted), members.sum() / 4)
+            square = slope**2
+            if self.seen:
+                square = min(square, 9 * expected * self.running_size(len(self.seen)))
+            self.seen.append((self.step_number, members, square, 1 / (2 * expected**2)))
+        spread = self.options["spread"]
+        matrix = np.eye(len(self.arms)) / spread**2
+        target = np.ones(len(self.arms)) * (1 - 2 / np.pi * spread**2) / spread**2
+        for i, (step, members, square, precision) in enumerate(self.seen):
+            weight = precision * (1 - 1 / self.options["memory"]) ** (self.step_number - step)
+            matrix += weight * np.outer(members, members)
+            target += weight * members * square / self.running_size(i + 1)
+        for arm in range(len(self.arms)):
+            others = matrix[arm] @ self.fitted - matrix[arm, arm] * self.fitted[arm]
+            mean, variance = (target[arm] - others) / matrix[arm, arm], 1 / matrix[arm, arm]
+            self.fitted[arm] = (mean + np.sqrt(mean**2 + 8 / np.pi * variance)) / 2
+
+    def running_size(self, count: int) -> float:
+        """The mean square over what was moved in the first `count` directions, later ones weighing more."""
+        weights = [0.98 ** (count - 1 - i) for i in range(count)]
+        squares = sum(w * square for w, (_, _, square, _) in zip(weights, self.seen, strict=False))
+        return squares / sum(
+            w * members.sum() for w, (_, members, _, _) in zip(weights, self.seen, strict=False)
+        )
 
     # The step
 
@@ -222,20 +267,20 @@ class Reference:
         self,
         weights: Mapping[str, Tensor],
         direction: int,
-        drawn: Sequence[int],
+        drawn: Mapping[int, tuple[float, float]],
         sign: float,
         rows: Any,
         loss: RowLoss,
     ) -> Any:
-        """Summed loss and weight of some rows, on a copy of the model with `weights` + sign * eps * z."""
-        names = {name for arm in drawn for name in self.arms[arm]}
+        """Summed loss and weight of rows, on a copy of the model at `weights` + sign * eps * length * z."""
+        lengths = {name: length for arm, (_, length) in drawn.items() for name in self.arms[arm]}
         shifted = dict(self.copy.named_parameters())
         for name, weight in weights.items():
             moved = weight.float()
-            if name in names and sign:
+            if name in lengths and sign:
                 z = self.z(name, direction) / square_root(self.curvature[name])
                 z = torch.where(weight.abs() <= self.highest[name], z, 0.0)
-                moved = moved + z * torch.tensor(sign * self.eps)
+                moved = moved + z * torch.tensor(sign * self.eps * lengths[name])
             shifted[name].data.copy_(moved)
         out = loss(self.copy, rows)
         sums, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
@@ -244,7 +289,7 @@ class Reference:
     def slopes_at(
         self,
         weights: Mapping[str, Tensor],
-        draws: Sequence[Mapping[int, float]],
+        draws: Sequence[Mapping[int, tuple[float, float]]],
         batch: dict[str, Tensor],
         loss: RowLoss,
     ) -> tuple[list[float], list[float], list[float], float]:
@@ -254,14 +299,14 @@ class Reference:
         for direction, drawn in enumerate(draws):
             mine = [r for r in range(total) if r * len(draws) // total == direction]
             rows = {key: value[mine] for key, value in batch.items()}
-            high = self.loss_at(weights, direction, list(drawn), 1.0, rows, loss)
+            high = self.loss_at(weights, direction, drawn, 1.0, rows, loss)
             one_sided = self.estimator == "one_sided"
-            low = self.loss_at(weights, direction, list(drawn), 0.0 if one_sided else -1.0, rows, loss)
+            low = self.loss_at(weights, direction, drawn, 0.0 if one_sided else -1.0, rows, loss)
             distance = self.eps if one_sided else 2.0 * self.eps
             slopes.append((high[0] / high[1] - low[0] / low[1]) / distance)
             sides = [high, low]
             if self.estimator == "three_sided":
-                clean = self.loss_at(weights, direction, list(drawn), 0.0, rows, loss)
+                clean = self.loss_at(weights, direction, drawn, 0.0, rows, loss)
                 bend = abs(high[0] / high[1] + low[0] / low[1] - 2.0 * clean[0] / clean[1])
                 curved.append(bend / (2.0 * self.eps * self.eps))
                 sides.append(clean)
@@ -274,7 +319,7 @@ class Reference:
         every, anchor_directions, lr_ratio = self.anchor or (0, 0, 1.0)
         at_anchor = every and (self.dropped is None or self.step_number - self.dropped[0] >= every)
         if at_anchor:
-            draws = [dict.fromkeys(range(len(self.arms)), 1.0) for _ in range(anchor_directions)]
+            draws = [dict.fromkeys(range(len(self.arms)), (1.0, 1.0)) for _ in range(anchor_directions)]
         else:
             draws = [self.draw(direction) for direction in range(self.directions)]
         slopes, shares, curved, mean = self.slopes_at(self.weights(), draws, batch, loss)
@@ -292,9 +337,10 @@ class Reference:
             if any(arm in drawn for drawn in draws):
                 earlier = []
                 if self.dropped and not at_anchor:
-                    part = twelve_bits(math.fsum(w[arm] for w in draws if arm in w) / len(draws))
+                    moved = math.fsum(math.prod(w[arm]) for w in draws if arm in w)
+                    part = twelve_bits(moved / len(draws))
                     earlier = [(self.dropped[0], d, part * coef) for d, coef in enumerate(self.dropped[2])]
-                terms = [(d, coefs[d] * w[arm]) for d, w in enumerate(draws) if arm in w]
+                terms = [(d, coefs[d] * w[arm][0]) for d, w in enumerate(draws) if arm in w]
                 bends = [(d, curved[d], shares[d]) for d, _ in terms] if curved else []
                 for name in names:
                     self.write(name, terms, earlier, bends)
@@ -303,6 +349,8 @@ class Reference:
             for arm in () if at_anchor else drawn:
                 alpha = self.options["alpha"]
                 self.scores[arm] = (1 - alpha) * self.scores[arm] + alpha * abs(slope)
+        if self.method == "fitted_adalezo" and not at_anchor:
+            self.fit(draws, slopes)
         self.step_number += 1
         return mean
 

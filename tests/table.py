@@ -28,12 +28,17 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "dense": zo_dist.Dense,
     "uniform": lambda: zo_dist.Uniform(sparsity=0.5),
     "adalezo": lambda: zo_dist.AdaLeZO(ratio=0.6),
+    "adalezo_both": lambda: zo_dist.AdaLeZO(ratio=0.6, clip=16.0, weigh="both"),
+    # So short a memory that 20 steps outlast it.
+    "fitted_adalezo": lambda: zo_dist.FittedAdaLeZO(draws=2, memory=8.0),
 }
 # The reference's method and options for the same sampler.
 REFERENCE: dict[str, tuple[str, dict[str, float]]] = {
     "dense": ("mezo", {}),
     "uniform": ("lezo", {"sparsity": 0.5}),
     "adalezo": ("adalezo", {"ratio": 0.6}),
+    "adalezo_both": ("adalezo", {"ratio": 0.6, "clip": 16.0, "weigh_both": True}),
+    "fitted_adalezo": ("fitted_adalezo", {"draws": 2, "memory": 8.0}),
 }
 ESTIMATORS: dict[str, type[Estimator]] = {
     "two_sided": zo_dist.TwoSided,
@@ -136,6 +141,15 @@ def estimating(name: str, smoothing: float = SMOOTHING) -> dict[str, Any]:
     """Options of ZeroOrder for one of ESTIMATORS."""
     curvature = zo_dist.DiagonalCurvature(smoothing=smoothing) if name == "three_sided" else None
     return {"estimator": ESTIMATORS[name](), "curvature": curvature}
+
+
+# What weighs probe and update alike: a curvature is refused with it.
+WEIGH_BOTH = ("adalezo_both", "fitted_adalezo")
+
+
+def estimator_for(sampler: str, estimator: str) -> str:
+    """`estimator`, or `two_sided` where the sampler cannot have a curvature."""
+    return "two_sided" if estimator == "three_sided" and sampler in WEIGH_BOTH else estimator
 
 
 def mode_of(engine: str, num_ranks: int, mode: str, estimator: str) -> str:

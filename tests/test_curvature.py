@@ -364,6 +364,11 @@ def test_what_does_not_go_together_is_refused() -> None:
         zo_dist.ZeroOrder(model, estimator=zo_dist.OneSided(), curvature=curvature)
     with pytest.raises(ValueError, match=r"estimator is ThreeSided.*use TwoSided"):
         zo_dist.ZeroOrder(model, estimator=zo_dist.ThreeSided())
+    for sampler in (zo_dist.FittedAdaLeZO(), zo_dist.AdaLeZO(weigh="both")):
+        with pytest.raises(
+            ValueError, match=r"AdaLeZO, which weighs probe and update.*weighs the update alone"
+        ):
+            zo_dist.ZeroOrder(model, curvature=curvature, sampler=sampler)
     with pytest.raises(ValueError, match=r"scale is RunningScale.*undo the scale"):
         zo_dist.ZeroOrder(model, scale=zo_dist.RunningScale(), curvature=curvature)
     for smoothing in (-0.1, 1.0, math.nan):

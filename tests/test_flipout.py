@@ -139,7 +139,7 @@ def test_rows_that_are_looked_up_are_those_of_the_whole(law: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["flipout", "grzo"])
-@pytest.mark.parametrize("sampler", ["dense", "adalezo"])
+@pytest.mark.parametrize("sampler", ["dense", "adalezo", "adalezo_both"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_have_the_losses_of_shifted_weights(
     kind: str, sampler: str, name: str, monkeypatch: pytest.MonkeyPatch

@@ -318,7 +318,7 @@ def test_a_step_moves_a_matrix_within_the_rank() -> None:
 
 
 @pytest.mark.parametrize("name", ["lozo", "tezo", "subzero"])
-@pytest.mark.parametrize("sampler", ["dense", "adalezo"])
+@pytest.mark.parametrize("sampler", ["dense", "adalezo", "adalezo_both"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_thin_products_have_the_losses_of_shifted_weights(kind: str, sampler: str, name: str) -> None:
     """Stacked, where linear layers are not shifted, against shards that are."""

@@ -48,14 +48,14 @@ def numels_shifted_by(optimizer: zo_dist.ZeroOrder) -> list[int]:
     return numels
 
 
-def copy_at(model: nn.Module, direction: int, sign: float, arms: Any, step: int = 0) -> nn.Module:
-    """A deep copy of the whole model at weights + sign * eps * z."""
+def copy_at(model: nn.Module, direction: int, sign: float, arms: Any, lengths: Any) -> nn.Module:
+    """A deep copy of the whole model at weights + sign * eps * length * z, in step 0."""
     shifted, noise = copy.deepcopy(model), Noise("rademacher", SEED)
-    drawn = {p.name for arm in arms for p in arm.params}
+    drawn = {p.name: length for arm, length in zip(arms, lengths, strict=True) for p in arm.params}
     for name, param in shifted.named_parameters():
         if name in drawn:
-            z = noise.values(name, step, direction, 0, param.numel()).view(param.shape)
-            param.data.copy_(param.float() + sign * EPS * z)
+            z = noise.values(name, 0, direction, 0, param.numel()).view(param.shape)
+            param.data.copy_(param.float() + sign * EPS * drawn[name] * z)
     return shifted
 
 
@@ -65,13 +65,14 @@ def copy_at(model: nn.Module, direction: int, sign: float, arms: Any, step: int 
 def test_stacked_losses_are_those_of_perturbed_copies_of_the_model(kind: str, sampler: str) -> None:
     model, batch, spy = build(kind), rows_for(kind, 4), Spy()
     optimizer = optimizer_of(model, directions=2, sampler=table.SAMPLERS[sampler]())
+    draws = [optimizer.sampler.draw(0, direction) for direction in range(2)]
     optimizer.step_batch(batch, spy)
     (stacked,) = spy.calls
     expected = []
-    for direction, arms in enumerate(optimizer.record.arms):
+    for direction, draw in enumerate(draws):
         rows = {key: value[2 * direction : 2 * direction + 2] for key, value in batch.items()}
         for sign in (1.0, -1.0):
-            shifted = copy_at(model, direction, sign, [optimizer.arms[a] for a in arms])
+            shifted = copy_at(model, direction, sign, [optimizer.arms[a] for a in draw.arms], draw.lengths)
             out = loss_of(shifted, rows)
             expected.append(out[0] if isinstance(out, tuple) else out)
     wanted = torch.cat(expected)
@@ -166,7 +167,10 @@ def test_unusual_modules(kind: type[nn.Module]) -> None:
     expected = []
     for direction in range(2):
         rows = {key: value[2 * direction : 2 * direction + 2] for key, value in batch.items()}
-        expected += [loss_of(copy_at(model, direction, s, optimizer.arms), rows) for s in (1.0, -1.0)]
+        copies = [
+            copy_at(model, direction, s, optimizer.arms, [1.0] * len(optimizer.arms)) for s in (1.0, -1.0)
+        ]
+        expected += [loss_of(shifted, rows) for shifted in copies]
     assert torch.equal(spy.calls[0], torch.cat(expected))
 
 

@@ -212,7 +212,7 @@ def test_an_index_of_no_scale_is_found() -> None:
 def test_a_direction_takes_less_than_64_bytes(sampler: str, num_arms: int) -> None:
     """Of a model with 32 or 80 layers, at the published settings, after the sampler has learnt 200 steps."""
     chosen = zo_dist.AdaLeZO() if sampler == "adalezo" else table.SAMPLERS[sampler]()
-    chosen.bind(num_arms, Noise("rademacher", 0, compile=False))
+    chosen.bind([1] * num_arms, Noise("rademacher", 0, compile=False))
     numbers, sizes = random.Random(0), []
     # How long the arms' gradients are: one in twenty is ten times shorter than another in twenty.
     lengths = [numbers.lognormvariate(0, 0.7) for _ in range(num_arms)]
@@ -272,6 +272,7 @@ COMBINATIONS = table.all_pairs(
 @pytest.mark.parametrize("row", COMBINATIONS, ids=str)
 def test_replay_gives_the_weights_and_the_state_of_the_run(tmp_path: Path, row: tuple[Any, ...]) -> None:
     (dtype, rounding), rule, coefficients, sampler, estimator, law, directions, mask, anchor = row
+    estimator = table.estimator_for(sampler, estimator)
     options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "sampler": sampler, "noise": law}
     options.update(
         estimator=estimator,

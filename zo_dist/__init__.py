@@ -12,7 +12,7 @@ from zo_dist.lowrank import LowRank
 from zo_dist.mask import SmallWeights
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
 from zo_dist.rules import SGD, Adam, Momentum, Sign
-from zo_dist.samplers import AdaLeZO, Dense, Uniform
+from zo_dist.samplers import AdaLeZO, Dense, FittedAdaLeZO, Uniform
 from zo_dist.scale import LearnedScale, RunningScale
 from zo_dist.selfcheck import SelfCheckError
 from zo_dist.tasks.scoring import causal_lm_loss, choice_loss
@@ -29,6 +29,7 @@ __all__ = [
     "Dense",
     "DesyncError",
     "DiagonalCurvature",
+    "FittedAdaLeZO",
     "Flipout",
     "LearnedScale",
     "LowRank",

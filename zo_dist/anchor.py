@@ -56,10 +56,10 @@ class Anchored(Part):
     """The anchor of a run.
 
     An anchor step is a plain step whose directions draw all arms. The weights before its write, and what it
-    wrote (`record`), are kept. Any other step, of directions z with arms of weight a, tests the same rows and
-    the same z at the anchor too, and writes in each of its drawn arms
+    wrote (`record`), are kept. Any other step, of directions z with arms of weight a and length l, tests the
+    same rows and the same z at the anchor too, and writes in each of its drawn arms
 
-        sum_d share_d (g_d(w) - g_d(anchor)) a_d z_d  +  (mean_d a_d) sum_k scale_k z_{anchor step, k}
+        sum_d share_d (g_d(w) - g_d(anchor)) a_d z_d  +  (mean_d a_d l_d) sum_k scale_k z_{anchor step, k}
 
     Over the draws, the mean of both sums is the share that the sampler gives an arm (1 where its weights are
     unbiased) of `G(w) - G(anchor) + the anchor's estimate`. The whole second sum in every arm, drawn or not,
@@ -110,11 +110,11 @@ class Anchored(Part):
                 "one of them"
             )
 
-    def bind(self, num_arms: int, noise: Noise, directions: int) -> None:
+    def bind(self, sizes: Sequence[int], noise: Noise, directions: int) -> None:
         """Called once, by `ZeroOrder`."""
         if self.every:
             self.directions = self.directions or directions
-            self.sampler.bind(num_arms, noise)
+            self.sampler.bind(sizes, noise)
 
     def begin(self, spans: Sequence[Span]) -> None:
         """Make room for the anchor's weights: called once, by `ZeroOrder`."""
@@ -158,8 +158,8 @@ class Anchored(Part):
             return {}
         weights: dict[int, list[float]] = {}
         for draw in draws:
-            for arm, weight in zip(draw.arms, draw.weights, strict=True):
-                weights.setdefault(arm, []).append(weight)
+            for arm, weight, length in zip(draw.arms, draw.weights, draw.lengths, strict=True):
+                weights.setdefault(arm, []).append(weight * length)
         # Cut as factors are: a replay makes them again, perhaps with another machine's exponentials.
         means = {arm: cut(math.fsum(of) / len(draws)) for arm, of in weights.items()}
         mine = self.record.terms

@@ -176,7 +176,7 @@ class OptimizerConfig:
         rule, coefficients = self.rule.build(self.weight_decay), self.coefficients.build()
         coefficients.bind(self.directions)
         curvature = Curvature(self.curvature)
-        curvature.require(self.build_estimator(), self.scale.build(), rule)
+        curvature.require(self.build_estimator(), self.scale.build(), rule, self.sampler.build())
         Anchored(self.anchor).require(coefficients, rule, curvature)
 
     def build_estimator(self) -> Estimator:

@@ -17,6 +17,7 @@ from zo_dist.noise import Noise
 from zo_dist.params import Param, Span
 from zo_dist.part import Part
 from zo_dist.rules import Rule
+from zo_dist.samplers import Sampler
 from zo_dist.scale import Scale
 from zo_dist.trajectory import StepRecord
 
@@ -75,7 +76,7 @@ class Curvature(Part):
     def used(self) -> bool:
         return self.smoothing is not None
 
-    def require(self, estimator: Estimator, scale: Scale, rule: Rule) -> None:
+    def require(self, estimator: Estimator, scale: Scale, rule: Rule, sampler: Sampler) -> None:
         """Raise ValueError unless the estimator tells curvatures if, and only if, they are asked for.
 
         And for parts that do not go with a curvature.
@@ -95,7 +96,12 @@ class Curvature(Part):
                 f"scale is {type(scale).__name__}, but there is a curvature too: both say how far a weight "
                 "is perturbed, and H would learn to undo the scale. Leave out one of them"
             )
-
+        if self.used and sampler.weigh == "both":
+            raise ValueError(
+                f"sampler is {type(sampler).__name__}, which weighs probe and update, but there is a "
+                "curvature too: H would take an arm that is perturbed farther for one where the loss bends "
+                "more. Use a sampler that weighs the update alone, or leave out the curvature"
+            )
         if self.used and rule.factored:
             raise ValueError(
                 "factored is true, but there is a curvature too: z / sqrt(H) is no product of two sides, one "

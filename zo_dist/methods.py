@@ -10,7 +10,7 @@ from zo_dist.coefficients import Clip, Coefficients, Raw, RootMeanSquare, SignOn
 from zo_dist.flipout import Flipout
 from zo_dist.lowrank import LowRank
 from zo_dist.rules import SGD, Adam, Moment, Momentum, Rule, Sign
-from zo_dist.samplers import AdaLeZO, Dense, Sampler, Uniform
+from zo_dist.samplers import AdaLeZO, Dense, FittedAdaLeZO, Sampler, Uniform, Weigh
 from zo_dist.scale import LearnedScale, RunningScale, Scale
 from zo_dist.structure import Structure
 
@@ -88,6 +88,20 @@ class AdaLeZOConfig(SamplerSection):
     alpha: float = 0.1
     clip: float = 4.0
     normalise: bool = True
+    correct: bool = False
+    weigh: Weigh = "update"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedAdaLeZOConfig(SamplerSection):
+    """Arms by fitted credit; the options are those of `zo_dist.FittedAdaLeZO`."""
+
+    makes = FittedAdaLeZO
+    name: Literal["fitted_adalezo"] = "fitted_adalezo"
+    draws: int = 1
+    gamma: float = 0.1
+    memory: float = 1000.0
+    spread: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,7 +237,7 @@ class FlipoutConfig(StructureSection):
     name: Literal["flipout"] = "flipout"
 
 
-AnySampler = DenseConfig | UniformConfig | AdaLeZOConfig
+AnySampler = DenseConfig | UniformConfig | AdaLeZOConfig | FittedAdaLeZOConfig
 AnyCoefficients = RawConfig | SignOnlyConfig | ClipConfig | RootMeanSquareConfig | StandardiseConfig
 AnyScale = NoScaleConfig | RunningScaleConfig | LearnedScaleConfig
 AnyStructure = LowRankConfig | FlipoutConfig

@@ -110,7 +110,8 @@ class ZeroOrder(torch.optim.Optimizer):
             shapes = {p.name: p.shape for p in self.params}
             self.noise = noise_of(noise, seed, compile, structure, shapes)
             self.sampler = sampler or Dense()
-            self.sampler.bind(len(self.arms), self.noise)
+            sizes = [arm.numel for arm in self.arms]
+            self.sampler.bind(sizes, self.noise)
             self.estimator = estimator or (ThreeSided() if curvature else TwoSided())
             self.coefficients = coefficients or Raw()
             self.coefficients.bind(directions)
@@ -120,10 +121,10 @@ class ZeroOrder(torch.optim.Optimizer):
             self.factors: dict[str, float] = {}
             self.mask = Mask(mask)
             self.curvature = Curvature(curvature)
-            self.curvature.require(self.estimator, self.scale, self.rule)
+            self.curvature.require(self.estimator, self.scale, self.rule, self.sampler)
             self.anchor = Anchored(anchor)
             self.anchor.require(self.coefficients, self.rule, self.curvature)
-            self.anchor.bind(len(self.arms), self.noise, directions)
+            self.anchor.bind(sizes, self.noise, directions)
             self.rounding = Rounding16(rounding, self.noise)
             spans = self.engine.spans(self.params)
             self.rounding.begin(spans)
@@ -281,8 +282,14 @@ class ZeroOrder(torch.optim.Optimizer):
 
     def _probes(self, draws: list[Draw], step: int) -> StepProbes:
         drawn = [[p for arm in d.arms for p in self.arms[arm].params] for d in draws]
+        lengths = {
+            (direction, p.name): length
+            for direction, draw in enumerate(draws)
+            for arm, length in zip(draw.arms, draw.lengths, strict=True)
+            for p in self.arms[arm].params
+        }
         perturbation: ModulePerturbation | ShardPerturbation
-        shifts = Shifts(self.noise, step, self.eps, self.factors, self.mask, self.curvature)
+        shifts = Shifts(self.noise, step, self.eps, self.factors, self.mask, self.curvature, lengths)
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
             perturbation = ModulePerturbation(list(union.values()), shifts, self.layers)

@@ -41,8 +41,9 @@ class Probe:
 class Shifts:
     """Weights at the probes of one step.
 
-    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`, `curvature` divides
-    the noise of each weight. What `mask` leaves out is as it was.
+    `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`, by name,
+    `curvature` divides the noise of each weight, `lengths` are those of draws, by direction and name. What
+    `mask` leaves out is as it was.
     """
 
     noise: Noise
@@ -51,6 +52,7 @@ class Shifts:
     factors: Mapping[str, float] = field(default_factory=dict)
     mask: Mask = field(default_factory=Mask)
     curvature: Curvature = field(default_factory=Curvature)
+    lengths: Mapping[tuple[int, str], float] = field(default_factory=dict)
 
     def copies(
         self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
@@ -77,7 +79,8 @@ class Shifts:
 
     def size(self, name: str, probe: Probe) -> float:
         """What the noise of a parameter is multiplied by."""
-        return probe.sign * self.eps * self.factors.get(name, 1.0)
+        length = self.lengths.get((probe.direction, name), 1.0)
+        return probe.sign * self.eps * length * self.factors.get(name, 1.0)
 
 
 class Scratch:

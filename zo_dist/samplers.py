@@ -10,34 +10,45 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
+from typing import Literal, get_args
 
 from zo_dist.noise import Noise
 from zo_dist.part import Part
+
+Weigh = Literal["update", "both"]
 
 _STREAM = "zo_dist.sampler"
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The arms of one direction, ascending and unique, and the weight of each one's update."""
+    """The arms of one direction, ascending and unique.
+
+    An arm's noise is multiplied by its `lengths` in the probe (times eps), and by its `weights` in the
+    update (times the coefficient): the mean of their product is what the arm gets of the gradient.
+    """
 
     arms: tuple[int, ...]
     weights: tuple[float, ...]
+    lengths: tuple[float, ...]
 
 
 class Sampler(Part):
     """What all samplers share; `Dense` is the simplest complete one.
 
-    `bind` is called once, by `ZeroOrder`, when the number of arms is known.
+    `bind` is called once, by `ZeroOrder`, with how many weights each arm has.
     """
 
     num_arms: int
     noise: Noise
+    # Where the weights of arms are, if it gives them any: see `Bandit`.
+    weigh: Weigh = "update"
 
-    def bind(self, num_arms: int, noise: Noise) -> None:
-        if num_arms < 1:
-            raise ValueError(f"a sampler needs at least one arm, not {num_arms}")
-        self.num_arms, self.noise = num_arms, noise
+    def bind(self, sizes: Sequence[int], noise: Noise) -> None:
+        if not sizes:
+            raise ValueError("a sampler needs at least one arm, not 0")
+        self.num_arms, self.noise = len(sizes), noise
 
     def draw(self, step: int, direction: int) -> Draw:
         """The arms of one direction of one step."""
@@ -56,7 +67,8 @@ class Dense(Sampler):
     """Every arm in every direction: MeZO (Malladi et al. 2023, arXiv 2305.17333)."""
 
     def draw(self, step: int, direction: int) -> Draw:
-        return Draw(tuple(range(self.num_arms)), (1.0,) * self.num_arms)
+        ones = (1.0,) * self.num_arms
+        return Draw(tuple(range(self.num_arms)), ones, ones)
 
 
 class Uniform(Sampler):
@@ -81,63 +93,44 @@ class Uniform(Sampler):
         uniforms = self.noise.uniforms(_STREAM, step, direction, self.num_arms)
         ranked = sorted(range(self.num_arms), key=lambda arm: (uniforms[arm], arm))
         kept = tuple(sorted(ranked[: self._num_kept]))
-        return Draw(kept, (1.0,) * len(kept))
+        ones = (1.0,) * len(kept)
+        return Draw(kept, ones, ones)
 
     @property
     def lr_factor(self) -> float:
         return self._num_kept / self.num_arms
 
 
-class AdaLeZO(Sampler):
-    """A bandit over arms (arXiv 2604.18264, with the details of its published code).
+class Bandit(Sampler):
+    """Draws with replacement from `probabilities`, which a subclass learns: see `AdaLeZO`.
 
-    K = max(1, int(ratio * num_arms)) draws with replacement from
-    `p = (1 - gamma) * softmax(score / tau) + gamma / num_arms`; an arm drawn n times is perturbed
-    once and its update weighs `n * min(1 / (K p), clip)`, which is unbiased when `clip` is infinite.
-    After a step `q <- (1 - alpha) q + alpha |g|` for each drawn arm, direction by direction.
-
-    `ratio` in (0, 1]; `tau` > 0; `gamma` in [0, 1]; `alpha` in (0, 1]; `clip` > 0, may be infinite.
-    `normalise`: scores are `q / max(q)`, as in the published code but not in the paper's equation;
-    without it a softmax over raw slopes collapses onto one arm. With the published defaults and 34
-    arms most weights are clipped and the expected update is about 0.70 of a dense one: `lr_factor`
-    tells the figure of the moment.
+    An arm that K draws had n times is perturbed once and has the weight `a = n * min(1 / (K p), clip)`,
+    whose mean is 1 when `clip` is infinite. `weigh`: where a is. In the `update` alone, as published, an arm
+    that is drawn often puts its slope, unweighted, into the updates of all arms drawn along with it, as
+    noise. In `both`, probe and update each have the root of a: the mean is the same, the variance another
+    (docs/methods.md, Samplers). `gamma` in [0, 1]: the share of p that is not learnt; `clip` > 0, may be
+    infinite.
     """
 
-    def __init__(
-        self,
-        ratio: float = 0.2,
-        tau: float = 0.6,
-        gamma: float = 0.1,
-        alpha: float = 0.1,
-        clip: float = 4.0,
-        normalise: bool = True,
-    ) -> None:
-        if not 0.0 < ratio <= 1.0:
-            raise ValueError(f"ratio is {ratio}; it must lie in (0, 1]")
-        if not tau > 0.0:
-            raise ValueError(f"tau is {tau}; it must be above 0")
+    probabilities: list[float]
+    num_draws: int
+
+    def __init__(self, gamma: float, clip: float, weigh: Weigh) -> None:
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma is {gamma}; it must lie in [0, 1]")
-        if not 0.0 < alpha <= 1.0:
-            raise ValueError(f"alpha is {alpha}; it must lie in (0, 1]")
         if not clip > 0.0:
             raise ValueError(f"clip is {clip}; it must be above 0 (.inf never clips)")
-        self.ratio, self.tau, self.gamma = ratio, tau, gamma
-        self.alpha, self.clip, self.normalise = alpha, clip, normalise
+        if weigh not in get_args(Weigh):
+            raise ValueError(f"weigh is {weigh!r}; use one of {', '.join(get_args(Weigh))}")
+        self.gamma, self.clip, self.weigh = gamma, clip, weigh
 
-    def bind(self, num_arms: int, noise: Noise) -> None:
-        super().bind(num_arms, noise)
-        self.num_draws = max(1, int(self.ratio * num_arms))
-        self._learn([0.0] * num_arms)
-
-    def _learn(self, q: list[float]) -> None:
-        self.q = q
-        top = max(q)
-        scores = [x / top for x in q] if self.normalise and top > 1e-6 else q
-        highest = max(scores)
-        exps = [math.exp((s - highest) / self.tau) for s in scores]
-        total = math.fsum(exps)
-        self.probabilities = [(1.0 - self.gamma) * e / total + self.gamma / self.num_arms for e in exps]
+    def _prefer(self, preferences: list[float], rest: list[float]) -> None:
+        """p of what was learnt, and of `rest`, whose mean is 1."""
+        total = math.fsum(preferences)
+        self.probabilities = [
+            (1.0 - self.gamma) * x / total + self.gamma * y / self.num_arms
+            for x, y in zip(preferences, rest, strict=True)
+        ]
 
     def draw(self, step: int, direction: int) -> Draw:
         uniforms = self.noise.uniforms(_STREAM, step, direction, self.num_draws)
@@ -149,31 +142,227 @@ class AdaLeZO(Sampler):
                 arm += 1
             counts[arm] = counts.get(arm, 0) + 1
         arms = tuple(sorted(counts))
-        return Draw(arms, tuple(counts[arm] * self._weight(arm) for arm in arms))
+        weights = tuple(counts[arm] * self._weight(arm) for arm in arms)
+        if self.weigh == "update":
+            return Draw(arms, weights, (1.0,) * len(arms))
+        roots = tuple(map(math.sqrt, weights))
+        return Draw(arms, roots, roots)
 
     def _weight(self, arm: int) -> float:
         # An arm whose probability underflowed to 0 (tau tiny, gamma 0) cannot have been drawn.
         return min(1.0 / max(self.num_draws * self.probabilities[arm], 1e-300), self.clip)
-
-    def observe(self, draws: Sequence[Draw], coefs: Sequence[float]) -> None:
-        q = list(self.q)
-        for draw, coef in zip(draws, coefs, strict=True):
-            for arm in draw.arms:
-                q[arm] = (1.0 - self.alpha) * q[arm] + self.alpha * abs(coef)
-        self._learn(q)
 
     @property
     def lr_factor(self) -> float:
         expected = (self.num_draws * p * self._weight(arm) for arm, p in enumerate(self.probabilities))
         return math.fsum(expected) / self.num_arms
 
+    def _check(self, state: dict[str, list[float]], **lengths: int) -> None:
+        if {key: len(values) for key, values in state.items()} != lengths:
+            raise ValueError(
+                f"{type(self).__name__}'s state for {self.num_arms} arms holds so many numbers: {lengths}; "
+                f"got { ({key: len(values) for key, values in state.items()}) }"
+            )
+
+
+class AdaLeZO(Bandit):
+    """A bandit over arms (arXiv 2604.18264, with the details of its published code).
+
+    Draws and weights are those of `Bandit`, with K = max(1, int(ratio * num_arms)) and
+    `p = (1 - gamma) * softmax(score / tau) + gamma / num_arms`. After a step `q <- (1 - alpha) q + alpha |g|`
+    for each drawn arm, direction by direction.
+
+    `ratio` in (0, 1]; `tau` > 0; `gamma` in [0, 1]; `alpha` in (0, 1]; `clip` > 0, may be infinite.
+    `weigh`: as of `Bandit`; `both` is not published. There a seldom drawn arm is perturbed more when it is,
+    and its |g| with it: scores then spread less than with `update`.
+    `normalise`: scores are `q / max(q)`, as in the published code but not in the paper's equation;
+    without it a softmax over raw slopes collapses onto one arm. `correct`, not published: q begins at 0
+    and favours the arms that were drawn early; with it the score is q over `1 - (1 - alpha)^draws`, and an
+    arm not drawn yet has the mean of the others. With the published defaults and 34 arms most weights are
+    clipped and the expected update is about 0.70 of a dense one: `lr_factor` tells the figure of the moment.
+    """
+
+    def __init__(
+        self,
+        ratio: float = 0.2,
+        tau: float = 0.6,
+        gamma: float = 0.1,
+        alpha: float = 0.1,
+        clip: float = 4.0,
+        normalise: bool = True,
+        correct: bool = False,
+        weigh: Weigh = "update",
+    ) -> None:
+        super().__init__(gamma, clip, weigh)
+        if not 0.0 < ratio <= 1.0:
+            raise ValueError(f"ratio is {ratio}; it must lie in (0, 1]")
+        if not tau > 0.0:
+            raise ValueError(f"tau is {tau}; it must be above 0")
+        if not 0.0 < alpha <= 1.0:
+            raise ValueError(f"alpha is {alpha}; it must lie in (0, 1]")
+        self.ratio, self.tau, self.alpha = ratio, tau, alpha
+        self.normalise, self.correct = normalise, correct
+
+    def bind(self, sizes: Sequence[int], noise: Noise) -> None:
+        super().bind(sizes, noise)
+        self.num_draws = max(1, int(self.ratio * self.num_arms))
+        self._learn([0.0] * self.num_arms, [0.0] * self.num_arms)
+
+    def _learn(self, q: list[float], visits: list[float]) -> None:
+        self.q, self.visits = q, visits
+        self.scores = self._corrected() if self.correct else q
+        top = max(self.scores)
+        scores = [x / top for x in self.scores] if self.normalise and top > 1e-6 else self.scores
+        highest = max(scores)
+        self._prefer([math.exp((s - highest) / self.tau) for s in scores], [1.0] * self.num_arms)
+
+    def _corrected(self) -> list[float]:
+        pairs = list(zip(self.q, self.visits, strict=True))
+        seen = [x / (1.0 - (1.0 - self.alpha) ** n) for x, n in pairs if n]
+        mean = math.fsum(seen) / max(len(seen), 1)
+        known = iter(seen)
+        return [next(known) if n else mean for _, n in pairs]
+
+    def observe(self, draws: Sequence[Draw], coefs: Sequence[float]) -> None:
+        q, visits = list(self.q), list(self.visits)
+        for draw, coef in zip(draws, coefs, strict=True):
+            for arm in draw.arms:
+                q[arm] = (1.0 - self.alpha) * q[arm] + self.alpha * abs(coef)
+                visits[arm] += 1.0
+        self._learn(q, visits)
+
     def state_dict(self) -> dict[str, list[float]]:
-        return {"q": list(self.q)}
+        state = {"q": list(self.q)}
+        return state | {"visits": list(self.visits)} if self.correct else state
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        if set(state) != {"q"} or len(state["q"]) != self.num_arms:
-            raise ValueError(
-                f"AdaLeZO's state holds q, one number for each of {self.num_arms} arms; "
-                f"got { ({k: len(v) for k, v in state.items()}) }"
-            )
-        self._learn([float(x) for x in state["q"]])
+        lengths = {"q": self.num_arms, "visits": self.num_arms} if self.correct else {"q": self.num_arms}
+        self._check(state, **lengths)
+        self._learn(list(map(float, state["q"])), list(map(float, state.get("visits", self.visits))))
+
+
+# How much of the running size of slopes stays at the next direction: some 50 of them.
+_STAYS = 0.98
+
+# Squares of slopes are cut at so many times what the fit expects: 3 deviations of a normal slope.
+_CUT = 9.0
+
+# A fit may think an arm insensitive, but what is drawn counts at least this much of a mean weight.
+_LEAST = 0.25
+
+
+class FittedAdaLeZO(Bandit):
+    """Arms drawn as a whole estimate of least variance wants them, by credit that is fitted. (Ours.)
+
+    Draws and weights are those of `Bandit` with `weigh: both` and no clip, so that `E[g^2 | draw]` is the sum
+    of a |G|^2 over the drawn arms, G being an arm's gradient. Where AdaLeZO gives all of them the same |g|,
+    here v, an arm's squared gradient per weight, is the mean of its posterior, given all slopes so far and a
+    prior of weights alike, and `p = (1 - gamma) * size * sqrt(v) / sum + gamma * size / sum`. The first, with
+    the true v, makes the least variance; the second, where p begins, that of `Dense` (docs/methods.md,
+    Samplers).
+
+    * `draws`, at least 1: K, how many a direction has. The fewer, the less the variance, and the more each
+      slope tells of its arms: 1 is best, and cheapest.
+    * `gamma` in [0, 1]: no direction is longer than that of `Dense` by more than `1 / sqrt(gamma)`.
+    * `memory`, in steps, at least 1 or infinite: an observation's weight falls by `1 / memory` a step. A
+      squared slope is about its mean m times chi-square of one degree, a deviation of 1.4 m, so many are
+      needed: with one draw, an arm of probability p is known to `1.4 / sqrt(p * directions * memory)`.
+      Each counts by `1 / (2 m^2)`, is cut at 9 m, and is counted in units of a running size of slopes:
+      neither a loss that falls nor one odd batch moves all arms.
+    * `spread` > 0: the prior's deviation, in means; log-normal arms of sigma 0.8 have 1.
+
+    State: num_arms squared floats; a step takes some num_arms^2 operations and K^2 per direction, in
+    plain float64 in a fixed order: 0.5 ms for 34 arms, and the same bits on every rank and machine.
+    """
+
+    def __init__(
+        self, draws: int = 1, gamma: float = 0.1, memory: float = 1000.0, spread: float = 1.0
+    ) -> None:
+        super().__init__(gamma, math.inf, "both")
+        if draws < 1:
+            raise ValueError(f"draws is {draws}; it must be at least 1")
+        if not memory >= 1.0:
+            raise ValueError(f"memory is {memory}; it must be at least 1 (.inf never forgets)")
+        if not 0.0 < spread < math.inf:
+            raise ValueError(f"spread is {spread}; it must be finite and above 0")
+        self.num_draws, self.memory, self.spread = draws, memory, spread
+
+    def bind(self, sizes: Sequence[int], noise: Noise) -> None:
+        super().bind(sizes, noise)
+        # Of each arm, over the mean arm's.
+        self._sizes = [size * self.num_arms / sum(sizes) for size in sizes]
+        # Normal equations of the weighted least squares, and sum and weight of the running size.
+        self._matrix = [[0.0] * self.num_arms for _ in sizes]
+        self._target = [0.0] * self.num_arms
+        self._slopes = [0.0, 0.0]
+        self._learn([1.0] * self.num_arms)
+
+    def _learn(self, v: list[float]) -> None:
+        """`v`: in units of the running size, about 1 on average."""
+        self.v = v
+        pairs = zip(self._sizes, v, strict=True)
+        self._prefer([size * math.sqrt(x) for size, x in pairs], self._sizes)
+
+    def observe(self, draws: Sequence[Draw], coefs: Sequence[float]) -> None:
+        keep = 1.0 - 1.0 / self.memory
+        self._matrix = [[keep * x for x in row] for row in self._matrix]
+        self._target = [keep * x for x in self._target]
+        for draw, coef in zip(draws, coefs, strict=True):
+            moved = {arm: a * a * self._sizes[arm] for arm, a in zip(draw.arms, draw.lengths, strict=True)}
+            self._add(moved, coef * coef)
+        self._learn(self._swept())
+
+    def _add(self, moved: dict[int, float], square: float) -> None:
+        """Another squared slope: its mean is the sum of `moved` times v."""
+        everywhere = math.fsum(moved.values())
+        expected = max(math.fsum(x * self.v[arm] for arm, x in moved.items()), _LEAST * everywhere)
+        total, weight = self._slopes
+        if total > 0.0:
+            square = min(square, _CUT * expected * total / weight)
+        total, weight = _STAYS * total + square, _STAYS * weight + everywhere
+        self._slopes = [total, weight]
+        if total == 0.0:
+            # Nothing but slopes of 0 so far: there is no size to count in.
+            return
+        precision = 1.0 / (2.0 * expected * expected)
+        for arm, x in moved.items():
+            row = self._matrix[arm]
+            for other, y in moved.items():
+                row[other] += precision * x * y
+            self._target[arm] += precision * x * square * weight / total
+
+    def _swept(self) -> list[float]:
+        """One Gauss-Seidel sweep from `v`, each arm to its mean given the others'.
+
+        That of a normal cut off at 0 is taken to be `(mu + sqrt(mu^2 + 8 / pi sd^2)) / 2`, right at 0 and far
+        from it, and never 0: an arm that only seems insensitive keeps what is likely. No function but the
+        root is in it, which all machines round alike.
+        """
+        v, prior = list(self.v), 1.0 / self.spread**2
+        # Where the prior's normal has to lie for its mean, once cut, to be 1.
+        centre = 1.0 - 2.0 / math.pi * self.spread**2
+        rest = [t - math.fsum(map(mul, row, v)) for t, row in zip(self._target, self._matrix, strict=True)]
+        for arm, row in enumerate(self._matrix):
+            precision = row[arm] + prior
+            mu = (rest[arm] + row[arm] * v[arm] + prior * centre) / precision
+            mean = (mu + math.sqrt(mu * mu + 8.0 / (math.pi * precision))) / 2.0
+            moved, v[arm] = mean - v[arm], mean
+            rest = [r - moved * x for r, x in zip(rest, row, strict=True)]
+        return v
+
+    def state_dict(self) -> dict[str, list[float]]:
+        matrix = [x for row in self._matrix for x in row]
+        return {
+            "v": list(self.v),
+            "matrix": matrix,
+            "target": list(self._target),
+            "slopes": list(self._slopes),
+        }
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        arms = self.num_arms
+        self._check(state, v=arms, matrix=arms * arms, target=arms, slopes=2)
+        of = {key: list(map(float, values)) for key, values in state.items()}
+        self._matrix = [of["matrix"][arms * i : arms * (i + 1)] for i in range(arms)]
+        self._target, self._slopes = of["target"], of["slopes"]
+        self._learn(of["v"])

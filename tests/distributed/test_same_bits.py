@@ -101,6 +101,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
     import torch.distributed as dist
 
     (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule, mask, anchor = combo
+    estimator = table.estimator_for(sampler, estimator)
     share = SHARES[dist.get_world_size()]
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
     mine = [cut(batch, a, b) for a, b in share[dist.get_rank()]]
@@ -139,6 +140,7 @@ def weights_of_reference(
 ) -> tuple[dict[str, Any], list[float]]:
     """What `final_weights` should be, and the loss of each step."""
     (dtype, rounding), directions, sampler, _, noise, estimator, shape, rule, mask, anchor = combo
+    estimator = table.estimator_for(sampler, estimator)
     small = table.MASKS[mask]
     dropped = table.ANCHORS[anchor]
     method, options = table.REFERENCE[sampler]
@@ -257,7 +259,7 @@ def trajectory_of_reference(kind: str, combo: Combo) -> tuple[dict[str, Any], fl
 
 
 # AdaLeZO learns from slopes: see the comment in test_reference.py.
-GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0}
+GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0, "adalezo_both": 70.0, "fitted_adalezo": 250.0}
 
 
 @pytest.mark.parametrize(
@@ -271,6 +273,7 @@ GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0}
         ("adalezo", 3, "module", "all", "none"),
         ("uniform", 2, "shard", "small", "none"),
         ("dense", 2, "module", "all", "third"),
+        ("fitted_adalezo", 8, "module", "all", "none"),
     ],
 )
 def test_own_losses_give_the_trajectory_of_the_reference(
