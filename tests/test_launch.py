@@ -131,7 +131,7 @@ def _example(launcher: str, script: Path, *args: str) -> str:
     [("torchrun", "fsdp"), ("torchrun", "deepspeed"), ("deepspeed", "deepspeed"), ("accelerate", "none")],
 )
 def test_a_script_for_the_trainer_becomes_zeroth_order(tmp_path: Path, launcher: str, engine: str) -> None:
-    """With Trainer in place of ZOTrainer the example runs under AdamW; as it is, it trains without gradients."""
+    """With Trainer in place of ZOTrainer the example runs under AdamW; as it is, without gradients."""
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
     text = (EXAMPLES / "trainer.py").read_text()
     stock = text.replace("import zo_dist\nfrom zo_dist.integrations.transformers import ZOTrainer", "")
