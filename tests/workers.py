@@ -342,9 +342,12 @@ def deepspeed_engine(model: Any, config: Mapping[str, Any], **options: Any) -> A
 
 def _through_zero_init(model: Any) -> Any:
     """As a large model is loaded: `from_pretrained` under a live `HfDeepSpeedConfig`."""
+    import deepspeed
     import torch.distributed as dist
     from transformers.integrations import HfDeepSpeedConfig
 
+    # Else zero.Init partitions for a single rank.
+    deepspeed.init_distributed()
     config = ds_config(model, {"stage": 3})
     with scratch_folder() as folder:
         if dist.get_rank() == 0:
