@@ -19,7 +19,7 @@ from zo_dist.noise import LAWS, Noise
 from zo_dist.params import Param, Span
 from zo_dist.rounding import Rounding16
 from zo_dist.rules import SGD
-from zo_dist.update import update_span
+from zo_dist.update import Terms, Write, update_span
 
 
 def seconds(job: Callable[[], object]) -> float:
@@ -40,9 +40,9 @@ def jobs(noise: Noise, weight: torch.Tensor) -> dict[str, Callable[[], object]]:
     span, param = Span("w", out, 0), Param("w", matrix, matrix.shape, ())
     rounding = Rounding16("stochastic", noise)
     for count in (1, 2, 4, 16):
-        terms = [(d, 1e-6) for d in range(count)]
-        timed[f"update, directions: {count}"] = lambda terms=terms: update_span(  # type: ignore[misc]
-            span, param, terms, SGD(), rounding, noise, 0, 1e-6
+        terms, write = Terms([(d, 1e-6) for d in range(count)]), Write(SGD(), rounding, noise, 0, 1e-6)
+        timed[f"update, directions: {count}"] = lambda terms=terms, write=write: update_span(  # type: ignore[misc]
+            span, param, terms, write
         )
     return timed
 

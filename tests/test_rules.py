@@ -22,7 +22,7 @@ from zo_dist.noise import Noise
 from zo_dist.params import Param, Span
 from zo_dist.rounding import Rounding16
 from zo_dist.rules import SGD, Rule
-from zo_dist.update import update_span
+from zo_dist.update import Terms, Write, update_span
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -85,7 +85,7 @@ def span_of(value: float, size: int, dtype: torch.dtype, name: str = "w") -> tup
 
 
 def write(span: Span, param: Param, rounding: Rounding16, step: int, coef: float, lr: float) -> None:
-    update_span(span, param, [(0, coef)], SGD(), rounding, rounding.noise, step, lr, 1)
+    update_span(span, param, Terms([(0, coef)]), Write(SGD(), rounding, rounding.noise, step, lr))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -186,8 +186,8 @@ def test_chunks_and_spans_leave_no_trace(
                 part.begin([span])
             param = Param("w", nn.Parameter(start), torch.Size((size, 1)), ())
             for step in range(4):
-                terms = [(0, 0.3), (2, -1.7)]
-                update_span(span, param, terms, moves, writes, noise, step, 0.05, step + 1)
+                terms = Terms([(0, 0.3), (2, -1.7)], step + 1)
+                update_span(span, param, terms, Write(moves, writes, noise, step, 0.05))
         results.append(flat)
     assert not torch.equal(results[0], start)
     assert torch.equal(results[0], results[1])
@@ -222,8 +222,8 @@ def updates_agree(forms: tuple[str, ...], rounding: str, dtype: torch.dtype, law
                 writes.begin([span])
                 param = Param("w", nn.Parameter(flat), torch.Size(shape), ())
                 for step, directions in enumerate((1, 1, 4, 6)):
-                    terms = [(d, 0.3 * step - d) for d in range(directions)]
-                    update_span(span, param, terms, SGD(0.01), writes, noise, step, 0.05, 1)
+                    terms = Terms([(d, 0.3 * step - d) for d in range(directions)])
+                    update_span(span, param, terms, Write(SGD(0.01), writes, noise, step, 0.05))
                 left += [flat, *writes.lost.values()]
         results.append(left)
     for other in results[1:]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from zo_dist.estimators import Estimator, ThreeSided, TwoSided
 from zo_dist.mask import Mask, SmallWeights
 from zo_dist.noise import Law
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
-from zo_dist.part import Part
 from zo_dist.parts import Shifts
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 from zo_dist.prefix import PrefixUnsafeError
@@ -28,9 +27,10 @@ from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
 from zo_dist.scale import Scale
 from zo_dist.selfcheck import check_engine
+from zo_dist.state import Stateful
 from zo_dist.structure import Structure, noise_of
 from zo_dist.trajectory import StepRecord, TrajectoryError
-from zo_dist.update import update_span, use_each_kernel
+from zo_dist.update import Terms, Write, update_span, use_each_kernel
 
 Perturb = Literal["module", "shard"]
 
@@ -41,7 +41,7 @@ class NonFiniteLossError(RuntimeError):
     """Too many steps in a row had a loss that is not a number; nothing was written by them."""
 
 
-class ZeroOrder(torch.optim.Optimizer):
+class ZeroOrder(Stateful):
     """Fine-tunes a model, sharded or not, with forward passes only.
 
     A step draws arms for each direction, evaluates the loss at `weights +- eps * noise`, lets the
@@ -131,14 +131,13 @@ class ZeroOrder(torch.optim.Optimizer):
             self.rule.begin([self.noise.left_span(s) for s in spans] if self.rule.factored else spans)
             self.curvature.begin(spans, self.params, perturb)
             self.anchor.begin(spans)
-            # How often each arm was written, and in which step the last time.
             self.writes, self.written = [0] * len(self.arms), [-1] * len(self.arms)
             self.eps, self.directions, self.perturb = eps, directions, perturb
             self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
             self.step_count = self.skipped = self.skipped_in_a_row = 0
             # What the last step wrote: nothing yet.
             self.record = StepRecord(-1, lr)
-        self.engine.require_equal("the optimizer's settings", self._settings(lr))
+        self.engine.require_equal("the optimizer's settings", self.settings(lr))
         self.mask.bind(self.engine, self.params)
         super().__init__([p.param for p in self.params], {"lr": lr})
 
@@ -219,17 +218,18 @@ class ZeroOrder(torch.optim.Optimizer):
     def _write(self, record: StepRecord, draws: list[Draw]) -> None:
         terms, curved = record.terms, self.curvature.terms(record)
         of_anchor = self.anchor.terms(record, draws)
+        parts = self.rule, self.rounding, self.noise
+        write = Write(*parts, record.step, record.lr, self.mask, self.curvature)
         params = {p.name: (p, arm) for arm in sorted(terms) for p in self.arms[arm].params}
         for arm in terms:
             self.writes[arm] += 1
         for span in self.engine.spans([p for p, _ in params.values()]):
             param, arm = params[span.name]
-            args = self.rule, self.rounding, self.noise, record.step, record.lr, self.writes[arm], self.mask
             factor = self.factors.get(span.name, 1.0)
             mine = [(d, coef * factor) for d, coef in terms[arm]]
             earlier = self.anchor.earlier(of_anchor.get(arm, ()), span.name, factor)
-            more = self.written[arm], self.curvature, curved.get(arm, ()), earlier
-            update_span(span, param, mine, *args, *more)
+            before = self.writes[arm], self.written[arm]
+            update_span(span, param, Terms(mine, *before, curved.get(arm, ()), earlier), write)
         for arm in terms:
             self.written[arm] = record.step
         self.engine.publish()
@@ -339,69 +339,3 @@ class ZeroOrder(torch.optim.Optimizer):
         if self.self_check:
             with evaluating(self.engine.module):
                 check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, evaluate)
-
-    def _settings(self, lr: float) -> dict[str, object]:
-        """What must be equal on every rank for the ranks to stay one run."""
-        settings: dict[str, object] = {"lr": lr, "eps": self.eps, "directions": self.directions}
-        settings.update(perturb=self.perturb, noise=self.noise.kind, seed=self.noise.seed)
-        settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
-        for name, part in {"estimator": self.estimator, **self.parts}.items():
-            settings[name] = [type(part).__name__, part.options]
-        settings["parameters"] = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in self.params]
-        return settings
-
-    @property
-    def parts(self) -> dict[str, Part]:
-        """What makes a write of slopes, by name: with these, and noise and rounding, a log is replayed."""
-        names = ("sampler", "coefficients", "rule", "scale", "mask", "curvature", "anchor")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def beside(self) -> dict[str, dict[str, Tensor]]:
-        """What this rank keeps beside its spans: by what it is, and by canonical name."""
-        kept = {"lost": self.rounding.lost, "curvature": self.curvature.kept, "anchor": self.anchor.weights}
-        return kept | self.rule.kept
-
-    @property
-    def scalars(self) -> dict[str, Any]:
-        """The rest of the state, the same on every rank, for JSON. Settable."""
-        counters = {"step": self.step_count, "skipped": [self.skipped, self.skipped_in_a_row]}
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        arms = {"writes": list(self.writes), "written": list(self.written)}
-        return counters | arms | {"parts": parts}
-
-    @scalars.setter
-    def scalars(self, scalars: dict[str, Any]) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(scalars["parts"][name])
-        self.step_count = scalars["step"]
-        self.writes, self.written = list(scalars["writes"]), list(scalars["written"])
-        self.skipped, self.skipped_in_a_row = scalars["skipped"]
-
-    def state_dict(self) -> dict[str, Any]:
-        """What resumes a run on the same shards: `scalars`, lr, and `beside`. Weights are not in it."""
-        return {
-            "scalars": self.scalars,
-            "beside": {key: {n: t.clone() for n, t in of.items()} for key, of in self.beside.items()},
-            "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up `state_dict`; ValueError if it is of other arms, shards, rule, rounding or anchor."""
-        saved = _tensors(state_dict["beside"])
-        mine = _tensors(self.beside)
-        if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in mine.items()}:
-            raise ValueError(
-                "the saved state is of other shards, or of another rule, rounding, curvature or anchor: it "
-                f"holds {sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} spans, this rank "
-                f"has {sorted({kind for kind, _ in mine}) or 'nothing'} of {len(mine)}"
-            )
-        self.scalars = state_dict["scalars"]
-        for key, tensor in saved.items():
-            mine[key].copy_(tensor)
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update(saved_group)
-
-
-def _tensors(beside: dict[str, dict[str, Tensor]]) -> dict[tuple[str, str], Tensor]:
-    return {(kind, name): tensor for kind, of in beside.items() for name, tensor in of.items()}

@@ -8,6 +8,7 @@ but not where a mask leaves some weights out or a curvature divides the sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,46 +27,61 @@ from zo_dist.thin import Thin
 _CHUNK, _GPU_CHUNK = 1 << 20, 1 << 24
 
 
-def update_span(
-    span: Span,
-    param: Param,
-    terms: Sequence[tuple[int, float]],
-    rule: Rule,
-    rounding: Rounding16,
-    noise: Noise,
-    step: int,
-    lr: float,
-    writes: int,
-    mask: Mask | None = None,
-    last: int = -1,
-    curvature: Curvature | None = None,
-    curved: Sequence[tuple[int, float]] = (),
-    earlier: tuple[int, Sequence[tuple[int, float]]] | None = None,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Write:
+    """How a step writes: the same for all parameters. What `mask` leaves out stays as it is.
+
+    So does all that is kept beside it, but for what a factored rule keeps of sides.
+    """
+
+    rule: Rule
+    rounding: Rounding16
+    noise: Noise
+    step: int
+    lr: float
+    mask: Mask = field(default_factory=Mask)
+    curvature: Curvature = field(default_factory=Curvature)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a step writes to a parameter.
+
+    `of_step`: `(direction, coefficient)`, the coefficients already weighted and averaged. `writes`: as of
+    `Rule.move`; `last`: the step that wrote before, or -1. `curved`: what the curvature learns from,
+    `(direction, curvature)`. `earlier`: another step, and terms of it that are added after those of this one.
+    """
+
+    of_step: Sequence[tuple[int, float]]
+    writes: int = 1
+    last: int = -1
+    curved: Sequence[tuple[int, float]] = ()
+    earlier: tuple[int, Sequence[tuple[int, float]]] | None = None
+
+
+def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
     """Apply all directions to one span: one read and one write of each weight.
 
-    `terms` are `(direction, coefficient)`, the coefficients already weighted and averaged; they are
-    added up in float32 in the order given, so the result does not depend on how weights are cut.
-    `writes`: as of `Rule.move`; `last`: the step that wrote before, or -1. What `mask` leaves out stays as it
-    is, with all that is kept beside it, but for what a factored rule keeps of sides. `curved`: what
-    `curvature` learns from, `(direction, curvature)`. `earlier`: another step, and terms of it that are added
-    after those of this one.
+    Terms are added up in float32 in the order given, so the result does not depend on how weights are cut.
     """
-    mask, curvature = mask or Mask(), curvature or Curvature()
+    rule, rounding, noise, step = write.rule, write.rounding, write.noise, write.step
+    mask, curvature = write.mask, write.curvature
     # The fused forms know one step, no mask, no curvature, and no noise that is made of two sides.
-    plain = not (mask.cuts(span.name) or curvature.used or noise.has_sides(span.name) or earlier)
+    plain = not (mask.cuts(span.name) or curvature.used or noise.has_sides(span.name) or terms.earlier)
     fused = type(rule) is SGD and plain
-    remaining = rule.remaining(lr, param.shape)
+    remaining = rule.remaining(write.lr, param.shape)
     if fused and noise.in_native(span.flat):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
         lost = rounding.lost_of(span.name, 0, span.flat.numel())
         drawn = bits if rounding.mode == "stochastic" else None
-        native.update(span.flat, lost, noise.law, address, span.offset, terms, drawn, remaining, lr)
+        native.update(
+            span.flat, lost, noise.law, address, span.offset, terms.of_step, drawn, remaining, write.lr
+        )
         return
     # A factored rule has made its move of a side.
-    thin = _thin(span, terms, rule, noise, step, writes, last) if noise.is_product(span.name) else None
+    thin = _thin(span, terms, write) if noise.is_product(span.name) else None
     moved = thin is not None and rule.factored
-    scalars = torch.tensor((remaining, lr), dtype=torch.float64, device=span.flat.device)
+    scalars = torch.tensor((remaining, write.lr), dtype=torch.float64, device=span.flat.device)
     chunk = _CHUNK * torch.get_num_threads() if span.flat.device.type == "cpu" else _GPU_CHUNK
     for start in range(0, span.flat.numel(), chunk):
         flat = span.flat[start : start + chunk]
@@ -78,39 +94,32 @@ def update_span(
         h = curvature.of(span.name, offset, flat.numel()) if curvature.used else None
         with mask.kept(flat, [t for t in (lost, *kept, h) if t is not None], span.name):
             if fused:
-                noise.combine(exact, inputs, span.name, step, terms, offset, _new_weights, (scalars,))
+                noise.combine(exact, inputs, span.name, step, terms.of_step, offset, _new_weights, (scalars,))
             else:
                 if thin is None:
-                    noise.accumulate(exact.zero_(), span.name, step, terms, offset)
+                    noise.accumulate(exact.zero_(), span.name, step, terms.of_step, offset)
                 else:
                     for piece, total in thin.pieces(offset, len(exact)):
                         exact[piece] = total
-                if earlier is not None:
-                    noise.accumulate(exact, span.name, *earlier, offset)
+                if terms.earlier is not None:
+                    noise.accumulate(exact, span.name, *terms.earlier, offset)
                 if h is not None:
-                    curvature.precondition(exact, h, noise, span.name, step, curved, offset)
-                move = exact if moved else rule.move(exact, kept, writes)
+                    curvature.precondition(exact, h, noise, span.name, step, terms.curved, offset)
+                move = exact if moved else rule.move(exact, kept, terms.writes)
                 exact.copy_(_new_weights(move, scalars, *inputs))
             rounding.write(flat, exact, lost, span.name, step, offset)
 
 
-def _thin(
-    span: Span,
-    terms: Sequence[tuple[int, float]],
-    rule: Rule,
-    noise: Noise,
-    step: int,
-    writes: int,
-    last: int,
-) -> Thin:
+def _thin(span: Span, terms: Terms, write: Write) -> Thin:
     """The estimate as one product of two sides; with a rule that is factored, the move."""
+    rule, noise = write.rule, write.noise
     place = span.flat.device, span.offset, span.flat.numel()
-    left, right = noise.sides(span.name, step, terms, *place)
+    left, right = noise.sides(span.name, write.step, terms.of_step, *place)
     if rule.factored:
         kept = [rule.kept[key][span.name] for key in rule.keeps]
         for tensor in kept:
-            noise.carry(span.name, tensor, last, step)
-        left = rule.move(left.reshape(-1), kept, writes).view(left.shape)
+            noise.carry(span.name, tensor, terms.last, write.step)
+        left = rule.move(left.reshape(-1), kept, terms.writes).view(left.shape)
     return Thin(left, right, span.offset)
 
 
@@ -141,9 +150,10 @@ def use_each_kernel(
         if count <= directions:
             terms = [(0, 0.0)] * count
             param = Param("", matrix, matrix.shape, ())
+            write = Write(rule, rounding, noise, step=0, lr=0.0)
             # What other rules keep is not for scratch, and their moves are not compiled.
             if type(rule) is SGD:
-                update_span(span, param, terms, rule, rounding, noise, step=0, lr=0.0, writes=1)
+                update_span(span, param, Terms(terms), write)
                 if not unfused:
                     continue
             exact = rounding.scratch(weights)

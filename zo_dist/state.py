@@ -1,0 +1,105 @@
+"""What of an optimizer ranks compare, snapshots keep, and a resume takes up again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_dist.anchor import Anchored
+from zo_dist.curvature import Curvature
+from zo_dist.estimators import Estimator
+from zo_dist.noise import Noise
+from zo_dist.params import Param
+from zo_dist.part import Part
+from zo_dist.rounding import Rounding16
+from zo_dist.rules import Rule
+
+
+class Stateful(torch.optim.Optimizer):
+    """The base of `ZeroOrder`, which gives its attributes their values."""
+
+    params: list[Param]
+    noise: Noise
+    estimator: Estimator
+    rule: Rule
+    rounding: Rounding16
+    curvature: Curvature
+    anchor: Anchored
+    eps: float
+    directions: int
+    perturb: str
+    max_skipped: int
+    step_count: int
+    skipped: int
+    skipped_in_a_row: int
+    # How often each arm was written, and in which step the last time.
+    writes: list[int]
+    written: list[int]
+
+    def settings(self, lr: float) -> dict[str, object]:
+        """What must be equal on every rank for the ranks to stay one run."""
+        settings: dict[str, object] = {"lr": lr, "eps": self.eps, "directions": self.directions}
+        settings.update(perturb=self.perturb, noise=self.noise.kind, seed=self.noise.seed)
+        settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
+        for name, part in {"estimator": self.estimator, **self.parts}.items():
+            settings[name] = [type(part).__name__, part.options]
+        settings["parameters"] = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in self.params]
+        return settings
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What makes a write of slopes, by name: with these, and noise and rounding, a log is replayed."""
+        names = ("sampler", "coefficients", "rule", "scale", "mask", "curvature", "anchor")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """What this rank keeps beside its spans: by what it is, and by canonical name."""
+        kept = {"lost": self.rounding.lost, "curvature": self.curvature.kept, "anchor": self.anchor.weights}
+        return kept | self.rule.kept
+
+    @property
+    def scalars(self) -> dict[str, Any]:
+        """The rest of the state, the same on every rank, for JSON. Settable."""
+        counters = {"step": self.step_count, "skipped": [self.skipped, self.skipped_in_a_row]}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        arms = {"writes": list(self.writes), "written": list(self.written)}
+        return counters | arms | {"parts": parts}
+
+    @scalars.setter
+    def scalars(self, scalars: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(scalars["parts"][name])
+        self.step_count = scalars["step"]
+        self.writes, self.written = list(scalars["writes"]), list(scalars["written"])
+        self.skipped, self.skipped_in_a_row = scalars["skipped"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resumes a run on the same shards: `scalars`, lr, and `beside`. Weights are not in it."""
+        return {
+            "scalars": self.scalars,
+            "beside": {key: {n: t.clone() for n, t in of.items()} for key, of in self.beside.items()},
+            "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up `state_dict`; ValueError if it is of other arms, shards, rule, rounding or anchor."""
+        saved = _tensors(state_dict["beside"])
+        mine = _tensors(self.beside)
+        if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in mine.items()}:
+            raise ValueError(
+                "the saved state is of other shards, or of another rule, rounding, curvature or anchor: it "
+                f"holds {sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} spans, this rank "
+                f"has {sorted({kind for kind, _ in mine}) or 'nothing'} of {len(mine)}"
+            )
+        self.scalars = state_dict["scalars"]
+        for key, tensor in saved.items():
+            mine[key].copy_(tensor)
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved_group)
+
+
+def _tensors(beside: dict[str, dict[str, Tensor]]) -> dict[tuple[str, str], Tensor]:
+    return {(kind, name): tensor for kind, of in beside.items() for name, tensor in of.items()}
