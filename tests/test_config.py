@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 import re
 from pathlib import Path
@@ -22,7 +24,15 @@ from zo_dist.config import (
     load_config,
 )
 from zo_dist.learn_scale import new_nets
-from zo_dist.methods import AdaLeZOConfig, AnyRule, AnySampler, LearnedScaleConfig
+from zo_dist.methods import (
+    AdaLeZOConfig,
+    AnyCoefficients,
+    AnyRule,
+    AnySampler,
+    AnyScale,
+    AnyStructure,
+    LearnedScaleConfig,
+)
 from zo_dist.params import trainable_params
 from zo_dist.scale import save_nets
 from zo_dist.schedule import lr_share
@@ -270,6 +280,25 @@ def test_every_config_takes_steps(path: Path, tmp_path: Path) -> None:
         moves += any(scale for scales in optimizer.record.scales for scale in scales)
     assert moves >= (1 if optimizer.anchor.every else 3)
     assert optimizer.skipped == 0
+
+
+SECTIONS = [
+    section
+    for kinds in (AnySampler, AnyCoefficients, AnyRule, AnyScale, AnyStructure)
+    for section in get_args(kinds)
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_what_a_section_leaves_out_is_as_the_class_has_it(section: Any) -> None:
+    """And it has all of its options, but for weight decay, which has a key beside the rules."""
+    of_class = {n: p.default for n, p in inspect.signature(section.makes).parameters.items()}
+    of_class.pop("weight_decay", None)
+    absent = inspect.Parameter.empty, dataclasses.MISSING
+    of_section = {field.name: field.default for field in dataclasses.fields(section) if field.name != "name"}
+    assert of_section.keys() == of_class.keys()
+    for name, default in of_section.items():
+        assert default == of_class[name] or (default in absent and of_class[name] in absent), name
 
 
 @pytest.mark.parametrize(("part", "kinds"), [("sampler", AnySampler), ("rule", AnyRule)])

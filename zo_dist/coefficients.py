@@ -48,7 +48,7 @@ class SignOnly(Coefficients):
 class Clip(Coefficients):
     """Each slope, cut to `[-limit, limit]`: as QZO does (arXiv 2505.13430, there 100). `limit` > 0."""
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float = 100.0) -> None:
         if not limit > 0.0:
             raise ValueError(f"limit is {limit}; it must be above 0")
         self.limit = limit
