@@ -73,12 +73,12 @@ class Reference:
         self.options.update({"weigh_both": False, "draws": 1, "memory": 1000.0, "spread": 1.0})
         self.options.update(options or {})
         self.scores = [0.0] * len(arms)  # AdaLeZO's q
-        self.fitted = np.ones(len(arms))
+        self.fitted, self.fits = np.ones(len(arms)), 0
         shapes = {name: w.shape.numel() for name, w in self.weights().items()}
         self.sizes = np.array([float(sum(shapes[name] for name in arm)) for arm in arms])
         self.sizes /= self.sizes.mean()
-        # Of each direction so far: its step, how much of each arm it moved, the square of its slope once cut,
-        # its precision.
+        # Of each direction so far: its step among those learnt from, how much of each arm it moved, the square
+        # of its slope once cut, its precision.
         self.seen: list[tuple[int, np.ndarray, float, float]] = []
         self.lost = {name: torch.zeros_like(p) for name, p in self.weights().items()}
         self.smoothing = smoothing
@@ -137,18 +137,19 @@ class Reference:
             square = slope**2
             if self.seen:
                 square = min(square, 9 * expected * self.running_size(len(self.seen)))
-            self.seen.append((self.step_number, members, square, 1 / (2 * expected**2)))
+            self.seen.append((self.fits, members, square, 1 / (2 * expected**2)))
         spread = self.options["spread"]
         matrix = np.eye(len(self.arms)) / spread**2
         target = np.ones(len(self.arms)) * (1 - 2 / np.pi * spread**2) / spread**2
         for i, (step, members, square, precision) in enumerate(self.seen):
-            weight = precision * (1 - 1 / self.options["memory"]) ** (self.step_number - step)
+            weight = precision * (1 - 1 / self.options["memory"]) ** (self.fits - step)
             matrix += weight * np.outer(members, members)
             target += weight * members * square / self.running_size(i + 1)
         for arm in range(len(self.arms)):
             others = matrix[arm] @ self.fitted - matrix[arm, arm] * self.fitted[arm]
             mean, variance = (target[arm] - others) / matrix[arm, arm], 1 / matrix[arm, arm]
             self.fitted[arm] = (mean + np.sqrt(mean**2 + 8 / np.pi * variance)) / 2
+        self.fits += 1
 
     def running_size(self, count: int) -> float:
         """The mean square over what was moved in the first `count` directions, later ones weighing more."""

@@ -196,7 +196,7 @@ def test_a_curvature_takes_8_bytes_of_its_direction_and_none_where_there_is_none
 
 def _bound() -> zo_dist.Dense:
     sampler = zo_dist.Dense()
-    sampler.bind(4, Noise("rademacher", 0))
+    sampler.bind([1] * 4, Noise("rademacher", 0))
     return sampler
 
 

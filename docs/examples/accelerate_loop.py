@@ -20,3 +20,4 @@ for batch in loader:
     keys = ("input_ids", "attention_mask")
     loss = optimizer.step_batch({key: batch[key] for key in keys}, zo_dist.causal_lm_loss)
     accelerator.print(f"{loss:.4f}")
+accelerator.end_training()
