@@ -77,8 +77,8 @@ class Reference:
         shapes = {name: w.shape.numel() for name, w in self.weights().items()}
         self.sizes = np.array([float(sum(shapes[name] for name in arm)) for arm in arms])
         self.sizes /= self.sizes.mean()
-        # Of each direction so far: its step among those learnt from, how much of each arm it moved, the square
-        # of its slope once cut, its precision.
+        # Of each direction so far: its step among those learnt from, how much of each arm it moved, the
+        # square of its slope once cut, its precision.
         self.seen: list[tuple[int, np.ndarray, float, float]] = []
         self.lost = {name: torch.zeros_like(p) for name, p in self.weights().items()}
         self.smoothing = smoothing
