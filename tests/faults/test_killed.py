@@ -39,7 +39,7 @@ from zo_dist.runlog import RunLog, read_metrics
 from zo_dist.train import run_training
 from zo_dist.trajectory import TrajectoryReader
 
-KILLS = int(os.environ.get("ZO_DIST_KILLS", "6"))
+KILLS = int(os.environ.get("ZO_DIST_KILLS", "4"))
 ZERO3 = ["engine.kind=deepspeed", f"engine.deepspeed={Path(__file__).parents[2] / 'configs/ds_zero3.json'}"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"dtype": "bfloat16"},
