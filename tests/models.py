@@ -129,3 +129,12 @@ def losses_by_mode(kind: str, **options: Any) -> dict[str, Tensor]:
         optimizer.step_batch(rows_for(kind, 4), loss)
         losses[mode] = torch.cat(seen)
     return losses
+
+
+def assert_both_modes_see_the_same_losses(kind: str, **options: Any) -> None:
+    """Stacked, where linear layers with noise of two sides are not shifted, against shards that are."""
+    losses = losses_by_mode(kind, directions=2, eps=2.0**-5, **options)
+    assert len(set(losses["module"].tolist())) == 8
+    # A few dozen roundings in sequence on a loss of this size, as in test_perturb.py.
+    tolerance = 64 * 2.0**-23 * float(losses["shard"].max())
+    torch.testing.assert_close(losses["module"], losses["shard"], rtol=0, atol=tolerance)

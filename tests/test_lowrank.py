@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import KINDS, losses_by_mode
+from models import KINDS, assert_both_modes_see_the_same_losses
 from torch import Tensor, nn
 
 import zo_dist
@@ -321,12 +321,7 @@ def test_a_step_moves_a_matrix_within_the_rank() -> None:
 @pytest.mark.parametrize("sampler", ["dense", "adalezo", "adalezo_both"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_thin_products_have_the_losses_of_shifted_weights(kind: str, sampler: str, name: str) -> None:
-    """Stacked, where linear layers are not shifted, against shards that are."""
-    losses = losses_by_mode(kind, noise=name, sampler=sampler, directions=2, eps=2.0**-5)
-    assert len(set(losses["module"].tolist())) == 8
-    # A few dozen roundings in sequence on a loss of this size, as in test_perturb.py.
-    tolerance = 64 * 2.0**-23 * float(losses["shard"].max())
-    torch.testing.assert_close(losses["module"], losses["shard"], rtol=0, atol=tolerance)
+    assert_both_modes_see_the_same_losses(kind, noise=name, sampler=sampler)
 
 
 def test_a_stacked_forward_shifts_no_weight_of_a_linear_layer() -> None:

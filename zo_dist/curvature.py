@@ -16,7 +16,7 @@ from zo_dist.estimators import Estimator, ThreeSided
 from zo_dist.noise import Noise
 from zo_dist.params import Param, Span
 from zo_dist.part import Part
-from zo_dist.rules import Rule
+from zo_dist.rules import Rule, square_root
 from zo_dist.samplers import Sampler
 from zo_dist.scale import Scale
 from zo_dist.trajectory import StepRecord
@@ -144,7 +144,7 @@ class Curvature(Part):
         for start in range(0, weight.numel(), _CHUNK):
             piece = weight[start : start + _CHUNK]
             z = _noise(noise, piece, name, step, direction, offset + start)
-            z /= _root(self.of(name, offset + start, piece.numel())).to(z.device)
+            z /= square_root(self.of(name, offset + start, piece.numel())).to(z.device)
             exact = piece.to(torch.float32)
             for out, scale in zip(outs, scales, strict=True):
                 out[start : start + _CHUNK] = exact + z * scale
@@ -156,7 +156,7 @@ class Curvature(Part):
         nothing = torch.zeros(1, 1, device=table.device).expand(table.shape)
         z = noise.shift_rows(nothing, rows, name, step, direction, 1.0)
         h = self.of(name, 0, table.numel()).view(table.shape)
-        z /= _root(h[rows.to(h.device)]).to(z.device)
+        z /= square_root(h[rows.to(h.device)]).to(z.device)
         return (table[rows].to(torch.float32) + z * scale).to(table.dtype)
 
     def terms(self, record: StepRecord) -> Mapping[int, list[tuple[int, float]]]:
@@ -187,7 +187,7 @@ class Curvature(Part):
             z = _noise(noise, h, name, step, direction, offset)
             growth += (z * z) * (self.smoothing * c)
         h.add_(h * growth).clamp_(LOWEST, HIGHEST)
-        estimate /= _root(h)
+        estimate /= square_root(h)
 
 
 def _noise(noise: Noise, like: Tensor, name: str, step: int, direction: int, offset: int) -> Tensor:
@@ -195,8 +195,3 @@ def _noise(noise: Noise, like: Tensor, name: str, step: int, direction: int, off
     z = torch.zeros_like(like, dtype=torch.float32)
     noise.accumulate(z, name, step, [(direction, 1.0)], offset)
     return z
-
-
-def _root(h: Tensor) -> Tensor:
-    # In float64, because torch's square roots in float32 are off by a last place, machine by machine.
-    return h.to(torch.float64).sqrt().to(torch.float32)

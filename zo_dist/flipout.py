@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_dist.matrices import MatrixNoise
 from zo_dist.noise import Law, Noise
 
 # Elements of a matrix whose noise is held at a time: they stay in a core's cache. A GPU needs more work.
@@ -29,7 +30,7 @@ class Flipout:
     """Signs alone tell the directions of a step apart: one per row and one per column of each matrix."""
 
 
-class FlipoutNoise(Noise):
+class FlipoutNoise(MatrixNoise):
     """`Noise` that flips a base, in every parameter of two dimensions or more (the first against the rest).
 
     The base has the law of the run and is new in every step; a direction flips its rows and its columns. So
@@ -41,11 +42,8 @@ class FlipoutNoise(Noise):
     """
 
     def __init__(self, law: Law, seed: int, compile: bool, shapes: Mapping[str, torch.Size]) -> None:
-        super().__init__(law, seed, compile)
+        super().__init__(law, seed, compile, shapes)
         self._signs = Noise("rademacher", seed, compile)
-        matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1 and shape.numel()}
-        self._rows = {name: shape[0] for name, shape in matrices.items()}
-        self._columns = {name: math.prod(shape[1:]) for name, shape in matrices.items()}
 
     @property
     def kind(self) -> str:
@@ -54,9 +52,6 @@ class FlipoutNoise(Noise):
     def warm_up(self, *arguments: Any) -> None:
         super().warm_up(*arguments)
         self._signs.compile = self.compile
-
-    def has_sides(self, name: str) -> bool:
-        return name in self._columns
 
     def add_products(
         self, out: Tensor, x: Tensor, name: str, step: int, terms: Sequence[tuple[int, float, slice]]
@@ -76,24 +71,6 @@ class FlipoutNoise(Noise):
             for (_, scale, mine), signs, product in zip(terms, left, products, strict=True):
                 out[mine][..., part].addcmul_(product, signs[part], value=scale)
 
-    def shift(
-        self,
-        outs: Sequence[Tensor],
-        weight: Tensor,
-        name: str,
-        step: int,
-        direction: int,
-        offset: int,
-        scales: Sequence[float],
-    ) -> None:
-        if name not in self._columns:
-            super().shift(outs, weight, name, step, direction, offset, scales)
-            return
-        for piece, z in self._sums(name, step, [(direction, 1.0)], offset, weight.numel(), weight.device):
-            exact = weight[piece].to(torch.float32)
-            for out, scale in zip(outs, scales, strict=True):
-                out[piece] = exact + z * scale
-
     def shift_rows(
         self, table: Tensor, rows: Tensor, name: str, step: int, direction: int, scale: float
     ) -> Tensor:
@@ -104,15 +81,6 @@ class FlipoutNoise(Noise):
         z = base.mul_(left[rows].unsqueeze(1)).mul_(right)
         return (table[rows].to(torch.float32) + z * scale).to(table.dtype)
 
-    def accumulate(
-        self, out: Tensor, name: str, step: int, terms: Sequence[tuple[int, float]], offset: int
-    ) -> None:
-        if name not in self._columns:
-            super().accumulate(out, name, step, terms, offset)
-            return
-        for piece, total in self._sums(name, step, terms, offset, out.numel(), out.device):
-            out[piece] += total
-
     def _sums(
         self,
         name: str,
@@ -122,10 +90,6 @@ class FlipoutNoise(Noise):
         numel: int,
         device: torch.device,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """The sum of `scale * z` of elements `offset ...`, some rows at a time, and where in them it is.
-
-        What is given is overwritten by the next.
-        """
         columns, directions = self._columns[name], [direction for direction, _ in terms]
         scales = torch.tensor(_exact([scale for _, scale in terms]), dtype=torch.float64, device=device)
         right = self._flips(name, "columns", step, directions, 0, columns, device).to(torch.float64)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zo_dist.noise import Law, Noise
+from zo_dist.matrices import MatrixNoise
+from zo_dist.noise import Law
 from zo_dist.params import Span
 from zo_dist.thin import Thin, inverse_root, product
 
@@ -60,7 +61,7 @@ class LowRank:
         return unset if self.refresh is None else self.refresh
 
 
-class LowRankNoise(Noise):
+class LowRankNoise(MatrixNoise):
     """`Noise` whose z has low rank in every parameter of two dimensions or more (the first against the rest).
 
     Elements have mean 0 and a mean square of 1, as of any other noise: LOZO's own code has neither
@@ -78,25 +79,19 @@ class LowRankNoise(Noise):
     def __init__(
         self, law: Law, seed: int, compile: bool, low_rank: LowRank, shapes: Mapping[str, torch.Size]
     ) -> None:
-        super().__init__(law, seed, compile)
+        super().__init__(law, seed, compile, shapes)
         if low_rank.orthonormal and law != "gaussian":
             raise ValueError(
                 f"noise is {law!r}, and structure is orthonormal: columns of signs may be multiples of each "
                 "other, and have no orthonormal form; set noise to gaussian"
             )
         self._rank = low_rank
-        matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1 and shape.numel()}
-        self._rows = {name: shape[0] for name, shape in matrices.items()}
-        self._columns = {name: math.prod(shape[1:]) for name, shape in matrices.items()}
         # By side, what makes it orthonormal, and the refresh that it is of.
         self._roots: dict[str, tuple[int, Tensor]] = {}
 
     @property
     def kind(self) -> str:
         return f"{super().kind} in {self._rank}"
-
-    def has_sides(self, name: str) -> bool:
-        return name in self._columns
 
     def is_product(self, name: str) -> bool:
         return self.has_sides(name)
@@ -213,30 +208,17 @@ class LowRankNoise(Noise):
         super().accumulate(out, name, step, terms, first * width)
         return out.view(rows, width)
 
-    def _z(
-        self, name: str, step: int, terms: Sequence[tuple[int, float]], offset: int, like: Tensor
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces of the sum of `scale * z`: elements `offset ...`, as many as `like` has."""
-        sides = self.sides(name, step, terms, like.device, offset, like.numel())
-        return Thin(*sides, offset).pieces(offset, like.numel())
-
-    def shift(
+    def _sums(
         self,
-        outs: Sequence[Tensor],
-        weight: Tensor,
         name: str,
         step: int,
-        direction: int,
+        terms: Sequence[tuple[int, float]],
         offset: int,
-        scales: Sequence[float],
-    ) -> None:
-        if not self.has_sides(name):
-            super().shift(outs, weight, name, step, direction, offset, scales)
-            return
-        for piece, z in self._z(name, step, [(direction, 1.0)], offset, weight):
-            exact = weight[piece].to(torch.float32)
-            for out, scale in zip(outs, scales, strict=True):
-                out[piece] = exact + z * scale
+        numel: int,
+        device: torch.device,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        sides = self.sides(name, step, terms, device, offset, numel)
+        return Thin(*sides, offset).pieces(offset, numel)
 
     def shift_rows(
         self, table: Tensor, rows: Tensor, name: str, step: int, direction: int, scale: float
@@ -247,12 +229,3 @@ class LowRankNoise(Noise):
         for some, shifted in zip(torch.split(rows, size), torch.split(out, size), strict=True):
             shifted.copy_(table[some].to(torch.float32) + thin.rows(some) * scale)
         return out
-
-    def accumulate(
-        self, out: Tensor, name: str, step: int, terms: Sequence[tuple[int, float]], offset: int
-    ) -> None:
-        if not self.has_sides(name):
-            super().accumulate(out, name, step, terms, offset)
-            return
-        for piece, z in self._z(name, step, terms, offset, out):
-            out[piece] += z

@@ -127,9 +127,7 @@ class Adam(Rule):
         second = kept[1].mul_(self.beta2).add_(seen * seen * (1.0 - self.beta2))
         if self.amsgrad:
             second = torch.maximum(second, kept[2], out=kept[2])
-        # In float64, because torch's square roots in float32 are off by a last place, machine by machine.
-        root = (second / (1.0 - self.beta2**writes)).to(torch.float64).sqrt().to(torch.float32)
-        root = root.add_(self.eps)
+        root = square_root(second / (1.0 - self.beta2**writes)).add_(self.eps)
         # Where both moments are 0 there is nowhere to go, whatever eps is.
         return torch.where(root == 0.0, 0.0, unbiased / root)
 
@@ -142,6 +140,11 @@ class Sign(Rule):
 
     def move(self, estimate: Tensor, kept: Sequence[Tensor], writes: int) -> Tensor:
         return estimate.sign_()
+
+
+def square_root(x: Tensor) -> Tensor:
+    """float32. In float64 first: torch's roots in float32 are off by a last place, machine by machine."""
+    return x.to(torch.float64).sqrt().to(torch.float32)
 
 
 def _share(name: str, value: float) -> float:

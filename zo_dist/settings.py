@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -86,9 +86,7 @@ def build(cls: type[T], settings: Mapping[str, Any], prefix: str = "") -> T:
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     for key in settings:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"unknown key {prefix}{key}; {hint}")
+            raise ValueError(f"unknown key {prefix}{key}; {nearest(str(key), known)}")
     values = {}
     for name, field in known.items():
         if name in settings:
@@ -101,6 +99,12 @@ def build(cls: type[T], settings: Mapping[str, Any], prefix: str = "") -> T:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{prefix}{error}" if prefix else str(error)) from error
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """What to say of a name that is none of `known`: the nearest of them, or all."""
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:

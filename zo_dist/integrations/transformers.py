@@ -7,7 +7,6 @@ other subclass of Trainer (TRL's SFTTrainer). Written against transformers 5.23,
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from zo_dist.engines.build import fsdp2_mesh, is_cpu_offload, shard_with_fsdp2, 
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.probes import Batch, RowLoss
 from zo_dist.rules import SGD
+from zo_dist.settings import nearest
 from zo_dist.snapshot import load_snapshot, save_snapshot, snapshots_in
 from zo_dist.tasks.scoring import causal_lm_loss
 
@@ -298,10 +298,8 @@ def _require_options_of_zero_order(options: Mapping[str, Any]) -> None:
         if name in _TRAINERS_OWN:
             raise ValueError(f"zo has {name!r}; in a Trainer that is {_TRAINERS_OWN[name]}")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
             raise ValueError(
-                f"zo has {name!r}, which is no option of zo_dist.ZeroOrder; "
-                + (f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}")
+                f"zo has {name!r}, which is no option of zo_dist.ZeroOrder; {nearest(name, known)}"
             )
 
 
