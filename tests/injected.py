@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import table
 import torch
 from models import loss_of
 from torch import Tensor, nn
@@ -18,28 +19,45 @@ from zo_dist import generator, noise
 class Injected:
     """A row loss that runs the model, so that its weights are gathered, and returns known numbers.
 
-    They depend on the step, the row and the side alone. Which step and side a call is for follows from the
-    contract: in module mode each micro-batch is one call in which a row comes first
-    with its +, then with its other sides; in shard mode, as in the reference, there is one call for each
-    direction, side and micro-batch. The numbers are multiples of 2**-10, so sums of them are exact
-    in any order.
+    They depend on the step, the row, which of the row's directions it is, and the side. Which ones a call is
+    for follows from the contract: in module mode each micro-batch is one call in which a row comes with all
+    sides of its first direction, the + first, then with those of the next; in shard mode, as in the
+    reference, there is one call for each direction, side and micro-batch. An unshifted side is the same for
+    all directions of a row, and is called for but once, except by the reference. The numbers are multiples
+    of 2**-10, so sums of them are exact in any order.
     """
 
     def __init__(
-        self, mode: str, directions: int, num_forwards: int = 1, nan_at: Any = None, sides: int = 2
+        self,
+        mode: str,
+        directions: int,
+        num_forwards: int = 1,
+        nan_at: Any = None,
+        estimator: str = "two_sided",
+        per_row: int = 1,
     ) -> None:
-        self.mode, self.num_forwards, self.nan_at, self.sides = mode, num_forwards, nan_at, sides
-        self.calls_per_step = num_forwards * (1 if mode == "module" else sides * directions)
+        self.mode, self.num_forwards, self.nan_at = mode, num_forwards, nan_at
+        signs = table.ESTIMATORS[estimator].signs
+        # Of a row, in order: which of its directions, and the side.
+        self.order = [
+            (direction if sign else 0, side)
+            for direction in range(per_row)
+            for side, sign in enumerate(signs)
+            if sign or direction == 0 or mode == "reference"
+        ]
+        groups = directions // per_row
+        self.calls_per_step = num_forwards * (1 if mode == "module" else groups * len(self.order))
         self.calls = 0
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         loss_of(model, batch)
-        step, side = self.calls // self.calls_per_step, self.calls // self.num_forwards % self.sides
+        step, turn = self.calls // self.calls_per_step, self.calls // self.num_forwards % len(self.order)
         self.calls += 1
         seen: dict[int, int] = {}
         losses = []
         for row in batch["row"].tolist():
-            losses.append(known_loss(step, row, seen.get(row, 0) if self.mode == "module" else side))
+            place = self.order[seen.get(row, 0) if self.mode == "module" else turn]
+            losses.append(known_loss(step, row, *place))
             seen[row] = seen.get(row, 0) + 1
             if self.nan_at == (step, row):
                 losses[-1] = float("nan")
@@ -47,8 +65,8 @@ class Injected:
         return torch.tensor(losses), torch.tensor(weights)
 
 
-def known_loss(step: int, row: int, side: int) -> float:
-    return random.Random(f"{step} {row} {side}").randrange(1 << 12) / 1024
+def known_loss(step: int, row: int, direction: int, side: int) -> float:
+    return random.Random(f"{step} {row} {direction} {side}").randrange(1 << 12) / 1024
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class Reference:
         lr: float,
         eps: float,
         directions: int = 1,
+        per_row: int = 1,
         law: str = "rademacher",
         seed: int = 0,
         rounding: str = "stochastic",
@@ -64,7 +65,7 @@ class Reference:
         self.noise, self.signs = Noise(named["noise"], seed), Noise("rademacher", seed)
         self.structure: Any = named.get("structure")
         self.low_rank: Any = self.structure if isinstance(self.structure, zo_dist.LowRank) else None
-        self.method, self.lr, self.eps, self.directions = method, lr, eps, directions
+        self.method, self.lr, self.eps, self.directions, self.per_row = method, lr, eps, directions, per_row
         self.rounding, self.weight_decay, self.estimator = rounding, weight_decay, estimator
         anchor = None if estimator == "three_sided" else anchor
         self.rule, self.all_slopes = rule, list[list[float]]()
@@ -298,7 +299,8 @@ class Reference:
         total = len(next(iter(batch.values())))
         slopes, shares, curved, seen = [], [], list[float](), [0.0, 0.0]
         for direction, drawn in enumerate(draws):
-            mine = [r for r in range(total) if r * len(draws) // total == direction]
+            groups = len(draws) // self.per_row
+            mine = [r for r in range(total) if r * groups // total == direction // self.per_row]
             rows = {key: value[mine] for key, value in batch.items()}
             high = self.loss_at(weights, direction, drawn, 1.0, rows, loss)
             one_sided = self.estimator == "one_sided"

@@ -86,6 +86,8 @@ ANCHORS: dict[str, zo_dist.Anchor | None] = {"none": None, "third": zo_dist.Anch
 LAWS = ("rademacher", "gaussian")
 MODES = ("module", "shard")
 DIRECTIONS = (1, 2, 3, 8)
+# (directions, directions per row)
+GROUPED = (*((directions, 1) for directions in DIRECTIONS), (6, 3), (2, 2))
 # (dtype, rounding); float32 has none.
 WRITES = (
     ("float32", "stochastic"),

@@ -127,6 +127,8 @@ def test_written_out_config_reads_back_equal(path: Path, tmp_path: Path) -> None
         ("optimizer.sampler={name: adalezo, ratio: 1.1}", ["ratio is 1.1", "(0, 1]"]),
         ("optimizer.sampler=adalezo", ["optimizer.sampler is 'adalezo'"]),
         ("optimizer.directions=17", ["optimizer.directions is 17", "train.rows"]),
+        ("optimizer.directions_per_row=2", ["directions_per_row is 2", "divide directions (1)"]),
+        ("optimizer.directions_per_row=0", ["directions_per_row is 0", "at least 1"]),
         ("data.train=0", ["data.train is 0"]),
         ("data.train=15", ["train.rows is 16", "data.train (15)"]),
         ("data.validation=-1", ["data.validation"]),

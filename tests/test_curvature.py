@@ -321,7 +321,10 @@ def resumed_on_rank(engine: str, snapshot: str, steps: int) -> tuple[str, float]
     optimizer = make(wrap(engine, build("sequential", torch.bfloat16)), perturb="shard")
     load_snapshot(optimizer, snapshot)
     # Every rank has the same rows, and so the same means.
-    rows, known = rows_for("sequential", 4, dtype=torch.bfloat16), Injected("shard", 1, sides=3)
+    rows, known = (
+        rows_for("sequential", 4, dtype=torch.bfloat16),
+        Injected("shard", 1, estimator="three_sided"),
+    )
     for _ in range(steps):
         optimizer.step_batch(rows, known)
     total = sum(float(h.double().sum()) for h in optimizer.curvature.kept.values())

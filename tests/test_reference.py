@@ -35,14 +35,22 @@ def arms_of(kind: str, model: nn.Module) -> list[list[str]]:
     return [arm for arm in (embeddings, *layers, rest) if arm]
 
 
-def both(kind: str, sampler: str, directions: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def both(
+    kind: str,
+    sampler: str,
+    directions: int,
+    dtype: torch.dtype = torch.float32,
+    per_row: int = 1,
+    **options: Any,
+) -> Any:
     """The reference, and ZeroOrder in each perturb mode."""
     method, own = table.REFERENCE[sampler]
     shared = {"lr": LR, "eps": EPS, "directions": directions, "seed": 3}
+    options["directions_per_row"] = per_row
     model = build(kind, dtype)
     law, estimator = options.get("noise", "rademacher"), options.get("estimator", "two_sided")
     rounding = options.get("rounding", "stochastic")
-    more = {"options": own, "law": law, "rounding": rounding, "estimator": estimator}
+    more = {"options": own, "law": law, "rounding": rounding, "estimator": estimator, "per_row": per_row}
     reference = Reference(model, arms_of(kind, model), method, **shared, **more)
     tested = {
         mode: table.optimizer(build(kind, dtype), **shared, sampler=sampler, perturb=mode, **options)
@@ -73,19 +81,20 @@ def expect_close(tested: Any, reference: Reference, tolerance: float, where: str
 GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0, "adalezo_both": 70.0, "fitted_adalezo": 250.0}
 
 
-# All samplers with all numbers of directions on two kinds; on the others each sampler once.
+# All samplers with all numbers of directions, of a step and of a row, on two kinds; on the others each
+# sampler once.
 CASES = [
-    (kind, sampler, directions)
+    (kind, sampler, *directions)
     for kind in KINDS
     for i, sampler in enumerate(table.SAMPLERS)
-    for j, directions in enumerate((1, 3, 8))
-    if kind in ("llama", "sequential") or i % 3 == j
+    for j, directions in enumerate(((1, 1), (3, 1), (8, 1), (6, 3)))
+    if kind in ("llama", "sequential") or i % 4 == j
 ]
 
 
-@pytest.mark.parametrize(("kind", "sampler", "directions"), CASES)
-def test_each_step_is_that_of_the_reference(kind: str, sampler: str, directions: int) -> None:
-    reference, tested = both(kind, sampler, directions)
+@pytest.mark.parametrize(("kind", "sampler", "directions", "per_row"), CASES)
+def test_each_step_is_that_of_the_reference(kind: str, sampler: str, directions: int, per_row: int) -> None:
+    reference, tested = both(kind, sampler, directions, per_row=per_row)
     start = {name: w.clone() for name, w in reference.weights().items()}
     highest = 0.0
     with remembered_noise():
@@ -146,6 +155,47 @@ def test_given_losses_leave_the_bits_of_the_reference(
     for mode, optimizer in tested.items():
         for name, weight in weights_of(optimizer).items():
             assert torch.equal(weight, reference.weights()[name]), (mode, name)
+
+
+@pytest.mark.parametrize("estimator", list(table.ESTIMATORS))
+def test_a_row_runs_once_per_shifted_side_and_once_unshifted(estimator: str) -> None:
+    _, tested = both("llama", "dense", 6, per_row=3, estimator=estimator, self_check=False)
+    signs = table.ESTIMATORS[estimator].signs
+    of_a_row = 3 * sum(map(bool, signs)) + (0.0 in signs)
+    for mode, optimizer in tested.items():
+        rows: list[int] = []
+
+        def counted(model: Any, batch: Any, rows: list[int] = rows) -> Any:
+            rows.append(len(batch["input_ids"]))
+            return loss_of(model, batch)
+
+        optimizer.step_batch(rows_for("llama", ROWS), counted)
+        assert sum(rows) == ROWS * of_a_row
+        assert len(rows) == (1 if mode == "module" else 2 * of_a_row)
+
+
+@pytest.mark.parametrize("mode", table.MODES)
+def test_rows_that_test_all_directions_make_the_step_of_a_closure(mode: str) -> None:
+    optimizers = [both("llama", "adalezo", 3, per_row=n)[1][mode] for n in (1, 3)]
+    for step in range(3):
+        batch = rows_for("llama", ROWS, seed=step)
+        closed, stacked = optimizers
+        model = closed.engine.module
+
+        def closure(batch: Any = batch, model: Any = model) -> Any:
+            sums, weights = loss_of(model, batch)
+            return sums.sum(), weights.sum()
+
+        assert closed.step(closure) == pytest.approx(stacked.step_batch(batch, loss_of), rel=1e-5)
+    tolerance = weight_tolerance(3, LR, EPS, 10.0, gain=GAIN["adalezo"])
+    for name, weight in weights_of(closed).items():
+        assert float((weight - weights_of(stacked)[name]).abs().max()) <= tolerance
+
+
+def test_a_closure_refuses_directions_per_row() -> None:
+    _, tested = both("llama", "dense", 4, per_row=2)
+    with pytest.raises(ValueError, match="directions_per_row is 2, but with a closure"):
+        tested["module"].step(lambda: torch.zeros(()))
 
 
 def test_a_closure_makes_the_step_of_mezo() -> None:

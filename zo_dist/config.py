@@ -29,6 +29,7 @@ from zo_dist.methods import (
 )
 from zo_dist.noise import Law
 from zo_dist.optimizer import Perturb
+from zo_dist.probes import require_groups
 from zo_dist.rounding import Rounding
 from zo_dist.settings import apply_overrides, build, read_yaml
 
@@ -147,6 +148,7 @@ class OptimizerConfig:
     lr: float
     eps: float = 1e-3
     directions: int = 1
+    directions_per_row: int = 1
     sampler: AnySampler = field(default_factory=DenseConfig)
     estimator: Literal["two_sided", "one_sided", "three_sided"] = "two_sided"
     clip_rows: float | None = None
@@ -171,7 +173,9 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be finite and above 0")
-        _at_least(self, 1, "directions")
+        require_groups(self.directions, self.directions_per_row)
+        if self.anchor is not None and self.anchor.directions is not None:
+            require_groups(self.anchor.directions, self.directions_per_row, "anchor.directions")
         _at_least(self, 0, "seed", "max_skipped")
         rule, coefficients = self.rule.build(self.weight_decay), self.coefficients.build()
         coefficients.bind(self.directions)
@@ -250,10 +254,12 @@ class Config:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        if self.optimizer.directions > self.train.rows:
+        per_row = self.optimizer.directions_per_row
+        if self.optimizer.directions > self.train.rows * per_row:
             raise ValueError(
                 f"optimizer.directions is {self.optimizer.directions}; it must be at most train.rows "
-                f"({self.train.rows}): each direction is tested by at least one row"
+                f"({self.train.rows}) times optimizer.directions_per_row ({per_row}): each direction is "
+                "tested by at least one row"
             )
         anchor, anchor_rows = self.optimizer.anchor, self.train.anchor_rows
         if anchor_rows is not None and anchor is None:
@@ -261,10 +267,11 @@ class Config:
                 f"train.anchor_rows is {anchor_rows}, but optimizer.anchor is null, so that there are no "
                 "anchor steps: set optimizer.anchor, or train.anchor_rows to null"
             )
-        if anchor is not None and (anchor.directions or 0) > (anchor_rows or self.train.rows):
+        if anchor is not None and (anchor.directions or 0) > (anchor_rows or self.train.rows) * per_row:
             raise ValueError(
                 f"optimizer.anchor.directions is {anchor.directions}; it must be at most the rows of an "
-                f"anchor step ({anchor_rows or self.train.rows}): raise train.anchor_rows"
+                f"anchor step ({anchor_rows or self.train.rows}) times optimizer.directions_per_row "
+                f"({per_row}): raise train.anchor_rows"
             )
         for key, rows in (("rows", self.train.rows), ("anchor_rows", anchor_rows or 0)):
             if self.data.train < rows:

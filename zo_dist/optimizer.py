@@ -21,7 +21,16 @@ from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_p
 from zo_dist.parts import Shifts
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 from zo_dist.prefix import PrefixUnsafeError
-from zo_dist.probes import Batch, Closure, RowLoss, StepProbes, closure_sums, count_rows, first_row
+from zo_dist.probes import (
+    Batch,
+    Closure,
+    RowLoss,
+    StepProbes,
+    closure_sums,
+    count_rows,
+    first_row,
+    require_groups,
+)
 from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
@@ -51,7 +60,8 @@ class ZeroOrder(Stateful):
 
     `model`: an `nn.Module`, DDP, a `fully_shard`-ed module or a DeepSpeed engine; parameters with
     `requires_grad=False` are left alone. `lr`, `eps`: above 0 (`lr` may be 0), as in MeZO.
-    `directions`: how many are tested per step, over all ranks. `sampler`: which arms each of them draws;
+    `directions`: how many are tested per step, over all ranks; `directions_per_row`: how many of them by each
+    row of `step_batch`. `sampler`: which arms each of them draws;
     `estimator`, `coefficients`, `rule`: from losses to slopes, to what counts of them, to the move of the
     weights; `noise`, `structure`, `scale`, `curvature`, `mask`: the directions themselves; `anchor`: a point
     to compare with (docs/methods.md has them all). A `curvature` implies `ThreeSided`.
@@ -79,6 +89,7 @@ class ZeroOrder(Stateful):
         rule: Rule | None = None,
         scale: Scale | None = None,
         directions: int = 1,
+        directions_per_row: int = 1,
         perturb: Perturb = "module",
         noise: Law = "rademacher",
         structure: Structure | None = None,
@@ -99,8 +110,7 @@ class ZeroOrder(Stateful):
                 raise ValueError(f"lr is {lr}; it must be finite and not below 0")
             if perturb not in get_args(Perturb):
                 raise ValueError(f"perturb is {perturb!r}; use one of {', '.join(get_args(Perturb))}")
-            if directions < 1:
-                raise ValueError(f"directions is {directions}; it must be at least 1")
+            require_groups(directions, directions_per_row)
             if max_skipped < 0:
                 raise ValueError(f"max_skipped is {max_skipped}; it must be at least 0")
             self.params = trainable_params(self.engine.module, self.engine.shape_of)
@@ -125,6 +135,8 @@ class ZeroOrder(Stateful):
             self.anchor = Anchored(anchor)
             self.anchor.require(self.coefficients, self.rule, self.curvature)
             self.anchor.bind(sizes, self.noise, directions)
+            if self.anchor.every:
+                require_groups(self.anchor.directions, directions_per_row, "anchor.directions")
             self.rounding = Rounding16(rounding, self.noise)
             spans = self.engine.spans(self.params)
             self.rounding.begin(spans)
@@ -132,7 +144,8 @@ class ZeroOrder(Stateful):
             self.curvature.begin(spans, self.params, perturb)
             self.anchor.begin(spans)
             self.writes, self.written = [0] * len(self.arms), [-1] * len(self.arms)
-            self.eps, self.directions, self.perturb = eps, directions, perturb
+            self.eps, self.perturb = eps, perturb
+            self.directions, self.directions_per_row = directions, directions_per_row
             self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
             self.step_count = self.skipped = self.skipped_in_a_row = 0
             # What the last step wrote: nothing yet.
@@ -153,6 +166,11 @@ class ZeroOrder(Stateful):
             raise ValueError(
                 f"clip_rows is {self.estimator.clip_rows}: rows have losses with step_batch alone"
             )
+        if self.directions_per_row > 1:
+            raise ValueError(
+                f"directions_per_row is {self.directions_per_row}, but with a closure every row tests every "
+                "direction: set it to 1, or use step_batch"
+            )
         self._prepare(lambda rows: closure_sums(closure)[:1], stacks=False)
         return self._step(lambda probes: probes.by_closure(closure))
 
@@ -161,11 +179,14 @@ class ZeroOrder(Stateful):
 
         `batch`: a mapping whose tensors have rows along dim 0, or a list of such micro-batches
         (the same directions, one update). `row_loss(model, batch)` returns one loss per row, or the
-        pair (sums, weights) per row. Rows are counted over ranks in rank order, and row r of R
-        tests direction floor(r * directions / R). Returns the mean loss as `step` does.
+        pair (sums, weights) per row. Rows are counted over ranks in rank order, and those of R that have
+        the same floor(r * directions / directions_per_row / R) test the same `directions_per_row`
+        directions, each on `sides` copies of its own. Returns the mean loss as `step` does.
         """
         batches = [batch] if not isinstance(batch, Sequence) else list(batch)
-        first, total, num_forwards = count_rows(self.engine, batches, self.num_directions)
+        first, total, num_forwards = count_rows(
+            self.engine, batches, self.num_directions, self.directions_per_row
+        )
         self.prepare(batches[0], row_loss)
         return self._step(lambda p: p.by_rows(batches, row_loss, first, total, num_forwards))
 
@@ -295,7 +316,7 @@ class ZeroOrder(Stateful):
             perturbation = ModulePerturbation(list(union.values()), shifts, self.layers)
         else:
             perturbation = ShardPerturbation(shifts, self.engine.publish)
-        return StepProbes(self.engine, drawn, self.estimator, self.eps, perturbation)
+        return StepProbes(self.engine, drawn, self.directions_per_row, self.estimator, self.eps, perturbation)
 
     def _skip(self, step: int, lr: float) -> float:
         self.record = StepRecord(step, lr)

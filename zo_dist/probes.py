@@ -1,7 +1,8 @@
 """One step's probes: which rows test which direction, and their summed losses.
 
-Counted over all ranks and micro-batches, row r of R tests direction floor(r * D / R). Each side of a
-direction (+ and - for `TwoSided`) is one probe with its own rows.
+The D directions are cut into groups of k (`directions_per_row`), and the R rows of all ranks and
+micro-batches into as many groups: row r tests the k directions of group floor(r * D / k / R). Each side
+of a direction (+ and - for `TwoSided`) is one probe on these rows; the unshifted side is one for the k.
 """
 
 from __future__ import annotations
@@ -40,23 +41,36 @@ def num_rows(batch: Batch) -> int:
     return rows
 
 
-def rows_of_directions(first: int, rows: int, total: int, directions: int) -> list[tuple[int, int]]:
-    """`(direction, rows)` in order, for the rows `first ... first + rows - 1` of `total`."""
+def require_groups(directions: int, per_row: int, name: str = "directions") -> None:
+    """ValueError unless the directions of a step can be cut into groups of `per_row`."""
+    if directions < 1:
+        raise ValueError(f"{name} is {directions}; it must be at least 1")
+    if per_row < 1 or directions % per_row:
+        raise ValueError(
+            f"directions_per_row is {per_row}; it must be at least 1 and divide {name} ({directions}) into "
+            "groups that are tested by the same rows"
+        )
+
+
+def rows_of_groups(first: int, rows: int, total: int, groups: int) -> list[tuple[int, int]]:
+    """`(group, rows)` in order, for the rows `first ... first + rows - 1` of `total`."""
     shares: list[tuple[int, int]] = []
-    for direction in range(directions):
-        # The rows r with floor(r * D / R) == direction.
-        start = -(-direction * total // directions)
-        stop = -(-(direction + 1) * total // directions)
+    for group in range(groups):
+        # The rows r with floor(r * groups / R) == group.
+        start = -(-group * total // groups)
+        stop = -(-(group + 1) * total // groups)
         count = min(stop, first + rows) - max(start, first)
         if count > 0:
-            shares.append((direction, count))
+            shares.append((group, count))
     return shares
 
 
-def count_rows(engine: Engine, batches: Sequence[Batch], directions: int) -> tuple[int, int, int]:
+def count_rows(
+    engine: Engine, batches: Sequence[Batch], directions: int, per_row: int
+) -> tuple[int, int, int]:
     """This rank's first row, the rows of all ranks, and the forwards that each rank makes. A collective.
 
-    ValueError on every rank if a batch is none, or there are fewer rows than directions.
+    ValueError on every rank if a batch is none, or there are too few rows to test each direction.
     """
     error: ValueError | None = None
     rows = 0
@@ -72,10 +86,11 @@ def count_rows(engine: Engine, batches: Sequence[Batch], directions: int) -> tup
     if bool(counts[:, 2].any()):
         raise ValueError(f"rank {int(counts[:, 2].argmax())} was given a bad batch; see its log")
     total = int(counts[:, 0].sum())
-    if total < directions:
+    if total * per_row < directions:
         raise ValueError(
-            f"{directions} directions need at least as many rows per step, but all ranks "
-            f"together have {total}; lower directions or give more rows"
+            f"{directions} directions need at least {directions // per_row} rows, {per_row} for each "
+            f"row, but all ranks together have {total}; lower directions, give more rows, or raise "
+            "directions_per_row"
         )
     return int(counts[: engine.rank, 0].sum()), total, int(counts[:, 1].max())
 
@@ -83,7 +98,7 @@ def count_rows(engine: Engine, batches: Sequence[Batch], directions: int) -> tup
 class StepProbes:
     """The probes of one step, evaluated by closure or in stacked forwards, in either perturb mode.
 
-    `drawn`: per direction, the parameters it perturbs. `signs`: the sides of a direction. Every
+    `drawn`: per direction, the parameters it perturbs. `per_row`: how many directions a row tests. Every
     method returns float64 `[directions, sides, 2]`: summed loss and summed weight of this rank.
     """
 
@@ -91,12 +106,13 @@ class StepProbes:
         self,
         engine: Engine,
         drawn: Sequence[Sequence[Param]],
+        per_row: int,
         estimator: Estimator,
         eps: float,
         perturbation: ModulePerturbation | ShardPerturbation,
     ) -> None:
         self._engine, self._perturbation = engine, perturbation
-        self._drawn, self._estimator, self._eps = drawn, estimator, eps
+        self._drawn, self._per_row, self._estimator, self._eps = drawn, per_row, estimator, eps
         self._probes = [
             [
                 Probe(d, sign, frozenset(p.name for p in params) if sign else frozenset())
@@ -129,7 +145,7 @@ class StepProbes:
         shares = []
         for batch in batches:
             rows = num_rows(batch)
-            shares.append(rows_of_directions(first, rows, total, len(self._probes)))
+            shares.append(rows_of_groups(first, rows, total, len(self._probes) // self._per_row))
             first += rows
         padded = [*batches, *[batches[0]] * (num_forwards - len(batches))]
         shares += [[]] * (num_forwards - len(batches))
@@ -138,21 +154,29 @@ class StepProbes:
                 for batch, share in zip(padded, shares, strict=True):
                     self._stacked(batch, share, row_loss)
             else:
-                for sides in self._probes:
-                    for side, probe in enumerate(sides):
+                for group in range(len(self._probes) // self._per_row):
+                    for side, probe in self._of_group(group):
                         with self._shifted(probe, rows=0):
                             for batch, share in zip(padded, shares, strict=True):
-                                self._one_probe(batch, share, probe, side, row_loss)
+                                self._one_probe(batch, share, group, side, probe, row_loss)
         return self._total()
+
+    def _of_group(self, group: int) -> list[tuple[int, Probe]]:
+        """The probes on the rows of one group, in order, each with its side. The unshifted one comes once."""
+        directions = range(group * self._per_row, (group + 1) * self._per_row)
+        probes = [(side, probe) for d in directions for side, probe in enumerate(self._probes[d])]
+        return [(side, probe) for side, probe in probes if probe.sign or probe.direction == directions[0]]
 
     def _stacked(self, batch: Batch, share: list[tuple[int, int]], row_loss: RowLoss) -> None:
         assert isinstance(self._perturbation, ModulePerturbation)
         live: list[tuple[Probe, int]] = []
+        places: list[list[Tensor]] = []
         pieces: list[tuple[int, int]] = []
         start = 0
-        for direction, rows in share:
-            for probe in self._probes[direction]:
+        for group, rows in share:
+            for side, probe in self._of_group(group):
                 live.append((probe, rows))
+                places.append(self._seen[probe.direction][side])
                 pieces.append((start, start + rows))
             start += rows
         if not live:
@@ -163,25 +187,24 @@ class StepProbes:
             return
         with self._perturbation.probes(live, pieces):
             sums = _per_row(row_loss(self._engine.module, _stack(batch, pieces)), pieces)
-        parts = torch.split(sums, [rows for _, rows in live])
-        for i, ((probe, _), part) in enumerate(zip(live, parts, strict=True)):
-            # The sides of a direction follow each other.
-            self._seen[probe.direction][i % len(self._estimator.signs)].append(part)
+        for place, part in zip(places, torch.split(sums, [rows for _, rows in live]), strict=True):
+            place.append(part)
 
     def _one_probe(
         self,
         batch: Batch,
         share: list[tuple[int, int]],
-        probe: Probe,
+        group: int,
         side: int,
+        probe: Probe,
         row_loss: RowLoss,
     ) -> None:
         start = 0
-        for direction, rows in share:
-            if direction == probe.direction:
+        for mine, rows in share:
+            if mine == group:
                 piece = [(start, start + rows)]
                 sums = _per_row(row_loss(self._engine.module, _stack(batch, piece)), piece)
-                self._seen[direction][side].append(sums)
+                self._seen[probe.direction][side].append(sums)
                 return
             start += rows
         row_loss(self._engine.module, first_row(batch, 1))
@@ -201,6 +224,9 @@ class StepProbes:
         """float64 `[directions, sides, 2]`: by direction and side, the sum of losses and that of weights."""
         total = torch.zeros(len(self._seen), len(self._estimator.signs), 2, dtype=torch.float64)
         for direction, sides in enumerate(self._seen):
+            first = self._seen[direction - direction % self._per_row]
+            signs = self._estimator.signs
+            sides = [mine if sign else of_all for sign, mine, of_all in zip(signs, sides, first, strict=True)]
             for of_rows in zip(*sides, strict=True):
                 for side, rows in enumerate(self._estimator.clipped(of_rows, self._eps)):
                     total[direction, side] += rows.sum(0)

@@ -29,6 +29,7 @@ class Stateful(torch.optim.Optimizer):
     anchor: Anchored
     eps: float
     directions: int
+    directions_per_row: int
     perturb: str
     max_skipped: int
     step_count: int
@@ -41,6 +42,7 @@ class Stateful(torch.optim.Optimizer):
     def settings(self, lr: float) -> dict[str, object]:
         """What must be equal on every rank for the ranks to stay one run."""
         settings: dict[str, object] = {"lr": lr, "eps": self.eps, "directions": self.directions}
+        settings.update(directions_per_row=self.directions_per_row)
         settings.update(perturb=self.perturb, noise=self.noise.kind, seed=self.noise.seed)
         settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
         for name, part in {"estimator": self.estimator, **self.parts}.items():

@@ -83,6 +83,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         rule=settings.rule.build(settings.weight_decay),
         scale=settings.scale.build(),
         directions=settings.directions,
+        directions_per_row=settings.directions_per_row,
         perturb=settings.perturb,
         noise=settings.noise,
         structure=None if settings.structure is None else settings.structure.build(),

@@ -52,15 +52,15 @@ ARMS = {
     ),
 }
 
-# One row per run: (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule, mask,
-# anchor. Of all combinations of these and of (engine, ranks), each pair of values of different columns is in
-# one of the runs.
-Combo = tuple[tuple[str, str], int, str, str, str, str, str, str, str, str]
+# One row per run: (dtype, rounding), (directions, per row), sampler, mode, noise, estimator, coefficients,
+# rule, mask, anchor. Of all combinations of these and of (engine, ranks), each pair of values of different
+# columns is in one of the runs.
+Combo = tuple[tuple[str, str], tuple[int, int], str, str, str, str, str, str, str, str]
 PLACES = tuple((engine, ranks) for engine in table.MAIN_ENGINES for ranks in table.RANKS)
 RUNS = table.all_pairs(
     PLACES,
     table.WRITES,
-    table.DIRECTIONS,
+    table.GROUPED,
     tuple(table.SAMPLERS),
     table.MODES,
     tuple(table.NOISES),
@@ -73,11 +73,22 @@ RUNS = table.all_pairs(
 # For engines that share their code with a main one: each direction count, mode and dtype once.
 F32, BF16 = ("float32", "stochastic"), ("bfloat16", "stochastic")
 FEW: list[Combo] = [
-    (F32, 3, "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all", "third"),
-    (("bfloat16", "kahan"), 8, "uniform", "module", "gaussian", "one_sided", "fzoo", "adam", "small", "none"),
+    (F32, (3, 1), "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all", "third"),
+    (
+        ("bfloat16", "kahan"),
+        (8, 4),
+        "uniform",
+        "module",
+        "gaussian",
+        "one_sided",
+        "fzoo",
+        "adam",
+        "small",
+        "none",
+    ),
     (
         ("float16", "stochastic"),
-        2,
+        (2, 1),
         "dense",
         "shard",
         "flipout",
@@ -87,9 +98,9 @@ FEW: list[Combo] = [
         "all",
         "none",
     ),
-    (BF16, 1, "adalezo", "shard", "lozo", "two_sided", "rms", "sgd", "small", "none"),
-    (F32, 3, "adalezo", "module", "subzero", "two_sided", "raw", "lozo_m", "all", "none"),
-    (BF16, 3, "adalezo", "module", "gaussian", "three_sided", "raw", "sgd", "all", "none"),
+    (BF16, (1, 1), "adalezo", "shard", "lozo", "two_sided", "rms", "sgd", "small", "none"),
+    (F32, (3, 1), "adalezo", "module", "subzero", "two_sided", "raw", "lozo_m", "all", "none"),
+    (BF16, (4, 2), "adalezo", "module", "gaussian", "three_sided", "raw", "sgd", "all", "none"),
 ]
 
 
@@ -100,7 +111,18 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
     """
     import torch.distributed as dist
 
-    (dtype, rounding), directions, sampler, mode, noise, estimator, coefficients, rule, mask, anchor = combo
+    (
+        (dtype, rounding),
+        (directions, per_row),
+        sampler,
+        mode,
+        noise,
+        estimator,
+        coefficients,
+        rule,
+        mask,
+        anchor,
+    ) = combo
     estimator = table.estimator_for(sampler, estimator)
     share = SHARES[dist.get_world_size()]
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
@@ -114,6 +136,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         coefficients=coefficients,
         rule=rule,
         directions=directions,
+        directions_per_row=per_row,
         perturb=table.mode_of(engine, dist.get_world_size(), mode, estimator),
         noise=noise,
         mask=mask,
@@ -121,8 +144,8 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         rounding=rounding,
         **options,
     )
-    sides, forwards = len(optimizer.estimator.signs), max(len(pieces) for pieces in share)
-    loss = Injected(optimizer.perturb, directions, forwards, sides=sides) if given else loss_of
+    calls = {"num_forwards": max(len(pieces) for pieces in share), "per_row": per_row}
+    loss = Injected(optimizer.perturb, directions, **calls, estimator=estimator) if given else loss_of
     for _ in range(STEPS):
         optimizer.step_batch(mine, loss)
     return whole_weights(optimizer)
@@ -139,7 +162,7 @@ def weights_of_reference(
     kind: str, combo: Combo, given: bool, weight_decay: float = 0.0
 ) -> tuple[dict[str, Any], list[float]]:
     """What `final_weights` should be, and the loss of each step."""
-    (dtype, rounding), directions, sampler, _, noise, estimator, shape, rule, mask, anchor = combo
+    (dtype, rounding), (directions, per_row), sampler, _, noise, estimator, shape, rule, mask, anchor = combo
     estimator = table.estimator_for(sampler, estimator)
     small = table.MASKS[mask]
     dropped = table.ANCHORS[anchor]
@@ -151,6 +174,7 @@ def weights_of_reference(
         lr=LR,
         eps=EPS,
         directions=directions,
+        per_row=per_row,
         law=noise,
         rounding=rounding,
         weight_decay=weight_decay,
@@ -162,9 +186,8 @@ def weights_of_reference(
         anchor=dropped and (dropped.every, directions, dropped.lr_ratio),
     )
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
-    loss = (
-        Injected("reference", directions, sides=len(table.ESTIMATORS[estimator].signs)) if given else loss_of
-    )
+    known = Injected("reference", directions, estimator=estimator, per_row=per_row)
+    loss = known if given else loss_of
     with remembered_noise():
         losses = [reference.step(batch, loss) for _ in range(STEPS)]
     return reference.weights(), losses
@@ -269,11 +292,11 @@ GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0, "adalezo_both": 70.0, "fi
 @pytest.mark.parametrize(
     ("sampler", "directions", "mode", "mask", "anchor"),
     [
-        ("dense", 1, "module", "all", "none"),
-        ("adalezo", 3, "module", "all", "none"),
-        ("uniform", 2, "shard", "small", "none"),
-        ("dense", 2, "module", "all", "third"),
-        ("fitted_adalezo", 8, "module", "all", "none"),
+        ("dense", (1, 1), "module", "all", "none"),
+        ("adalezo", (3, 1), "module", "all", "none"),
+        ("uniform", (4, 2), "shard", "small", "none"),
+        ("dense", (2, 1), "module", "all", "third"),
+        ("fitted_adalezo", (8, 4), "module", "all", "none"),
     ],
 )
 def test_own_losses_give_the_trajectory_of_the_reference(
@@ -281,7 +304,7 @@ def test_own_losses_give_the_trajectory_of_the_reference(
     engine: str,
     num_ranks: int,
     sampler: str,
-    directions: int,
+    directions: tuple[int, int],
     mode: str,
     mask: str,
     anchor: str,
