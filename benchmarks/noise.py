@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from zo_dist.noise import LAWS, Noise
+from zo_dist.laws import LAWS
+from zo_dist.noise import Noise
 from zo_dist.params import Param, Span
 from zo_dist.rounding import Rounding16
 from zo_dist.rules import SGD

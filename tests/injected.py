@@ -13,7 +13,7 @@ import torch
 from models import loss_of
 from torch import Tensor, nn
 
-from zo_dist import generator, noise
+from zo_dist import generator, laws
 
 
 class Injected:
@@ -85,7 +85,7 @@ def remembered_noise() -> Iterator[None]:
             _words[key] = original(counter, schedule)  # type: ignore[arg-type]
         return _words[key]
 
-    expand = dict(noise._EXPAND)
+    expand = dict(laws.EXPAND)
 
     def gaussian(words: Tensor) -> Tensor:
         key = words.numpy().tobytes()
@@ -94,12 +94,12 @@ def remembered_noise() -> Iterator[None]:
         return _normals[key]
 
     generator.philox = philox  # type: ignore[assignment]
-    noise._EXPAND["gaussian"] = gaussian
+    laws.EXPAND["gaussian"] = gaussian
     try:
         yield
     finally:
         generator.philox = original
-        noise._EXPAND.update(expand)
+        laws.EXPAND.update(expand)
 
 
 _normals: dict[object, Tensor] = {}

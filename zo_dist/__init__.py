@@ -7,12 +7,13 @@ from zo_dist.coefficients import Clip, Raw, RootMeanSquare, SignOnly, Standardis
 from zo_dist.curvature import DiagonalCurvature
 from zo_dist.engines import DesyncError
 from zo_dist.estimators import OneSided, ThreeSided, TwoSided
+from zo_dist.fitted import FittedAdaLeZO
 from zo_dist.flipout import Flipout
 from zo_dist.lowrank import LowRank
 from zo_dist.mask import SmallWeights
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
 from zo_dist.rules import SGD, Adam, Momentum, Sign
-from zo_dist.samplers import AdaLeZO, Dense, FittedAdaLeZO, Uniform
+from zo_dist.samplers import AdaLeZO, Dense, Uniform
 from zo_dist.scale import LearnedScale, RunningScale
 from zo_dist.selfcheck import SelfCheckError
 from zo_dist.tasks.scoring import causal_lm_loss, choice_loss

@@ -15,6 +15,7 @@ import yaml
 from zo_dist.anchor import Anchor, Anchored
 from zo_dist.curvature import Curvature, DiagonalCurvature
 from zo_dist.estimators import Estimator, OneSided, ThreeSided, TwoSided
+from zo_dist.laws import Law
 from zo_dist.mask import SmallWeights
 from zo_dist.methods import (
     AnyCoefficients,
@@ -27,7 +28,6 @@ from zo_dist.methods import (
     RawConfig,
     SGDConfig,
 )
-from zo_dist.noise import Law
 from zo_dist.optimizer import Perturb
 from zo_dist.probes import require_groups
 from zo_dist.rounding import Rounding

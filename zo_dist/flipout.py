@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_dist.laws import Law
 from zo_dist.matrices import MatrixNoise
-from zo_dist.noise import Law, Noise
+from zo_dist.noise import Noise
 
 # Elements of a matrix whose noise is held at a time: they stay in a core's cache. A GPU needs more work.
 _CHUNK, _GPU_CHUNK = 1 << 18, 1 << 22

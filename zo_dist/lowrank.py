@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zo_dist.laws import Law
 from zo_dist.matrices import MatrixNoise
-from zo_dist.noise import Law
 from zo_dist.params import Span
 from zo_dist.thin import Thin, inverse_root, product
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from zo_dist.noise import Law, Noise
+from zo_dist.laws import Law
+from zo_dist.noise import Noise
 
 
 class MatrixNoise(Noise):

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from zo_dist.coefficients import Clip, Coefficients, Raw, RootMeanSquare, SignOnly, Standardise
+from zo_dist.fitted import FittedAdaLeZO
 from zo_dist.flipout import Flipout
 from zo_dist.lowrank import LowRank
 from zo_dist.rules import SGD, Adam, Moment, Momentum, Rule, Sign
-from zo_dist.samplers import AdaLeZO, Dense, FittedAdaLeZO, Sampler, Uniform, Weigh
+from zo_dist.samplers import AdaLeZO, Dense, Sampler, Uniform, Weigh
 from zo_dist.scale import LearnedScale, RunningScale, Scale
 from zo_dist.structure import Structure
 

@@ -15,8 +15,8 @@ from zo_dist.coefficients import Coefficients, Raw
 from zo_dist.curvature import Curvature, DiagonalCurvature
 from zo_dist.engines import select
 from zo_dist.estimators import Estimator, ThreeSided, TwoSided
+from zo_dist.laws import Law
 from zo_dist.mask import Mask, SmallWeights
-from zo_dist.noise import Law
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
 from zo_dist.parts import Shifts
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation

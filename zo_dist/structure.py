@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from zo_dist.flipout import Flipout, FlipoutNoise
+from zo_dist.laws import Law
 from zo_dist.lowrank import LowRank, LowRankNoise
-from zo_dist.noise import Law, Noise
+from zo_dist.noise import Noise
 
 Structure = LowRank | Flipout
 
