@@ -242,8 +242,8 @@ def test_given_losses_leave_the_same_bits_on_a_language_model(
 def test_the_bits_do_depend_on_what_they_should() -> None:
     """A digest of nothing, or losses that do not reach the weights, would make all above pass."""
     base: Combo = (
-        ("bfloat16", "stochastic"), (3, 1), "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all",
-        "none",
+        ("bfloat16", "stochastic"), (3, 1), "adalezo", "module", "rademacher", "two_sided", "raw", "sgd",
+        "all", "none",
     )  # fmt: skip
     others: list[Combo] = [
         (("bfloat16", "kahan"), *base[1:]),
