@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,18 +33,26 @@ def test_a_folder_is_used_by_one_run_at_a_time(
     run = tmp_path / "run"
     path = write_config(tmp_path, train={"steps": 100_000, "eval_every": 0, "snapshot_every": 0})
     process = started(path, run)
+    holder = f"another run, process {process.pid} on {socket.gethostname()}, is using train.output={run}"
     try:
         wait_for_steps(process, run, 3)
         for existing in ("resume", "replace"):
             assert main(["train", str(path), f"train.existing={existing}", "train.steps=1"]) == 2
-            assert f"another run is using train.output={run}: wait until" in capsys.readouterr().err
+            assert f"error: {holder}: wait until" in capsys.readouterr().err
         for error in pool(2).errors(train, path, ["train.steps=1"]):
-            assert "another run is using train.output" in error
+            assert holder in error
         wait_for_steps(process, run, len(read_metrics(run)) + 3)  # it was not disturbed
     finally:
         process.kill()
         process.communicate()
     assert main(["train", str(path), "train.steps=1"]) == 0
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("no folder")
+    run = tmp_path / "file" / "run"
+    assert main(["train", str(write_config(tmp_path)), f"train.output={run}"]) == 1
+    assert f"error: [Errno {errno.ENOTDIR}] Not a directory: '{run}'" in capsys.readouterr().err
 
 
 def test_a_file_system_without_locks_is_said(

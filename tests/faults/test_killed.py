@@ -72,7 +72,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(
                 at_home = len(list(TrajectoryReader(log))) if log.exists() else 0
             moves += i > 0 and (ranks, engine) != route[i - 1]
             if i + 1 == len(route):
-                pool(ranks).run(train, folder / "config.yaml", [*args, *engine])
+                pool(ranks).run(train, folder / "config.yaml", [*args, *engine], timeout=400)
                 break
             # Some late: also while weights are saved and the test is run.
             moment, before = draw.uniform(0, 1.1 * seconds), unfinished(run)
