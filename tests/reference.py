@@ -331,10 +331,10 @@ class Reference:
         if self.dropped and not at_anchor:
             there = self.slopes_at(self.dropped[1], draws, batch, loss)[0]
             used = [slope - other for slope, other in zip(used, there, strict=True)]
-        coefs = [slope * share / sum(shares) for slope, share in zip(used, shares, strict=True)]
+        coefs = [float32(slope * share / sum(shares)) for slope, share in zip(used, shares, strict=True)]
         if at_anchor:
             before = {name: weight.clone() for name, weight in self.weights().items()}
-            self.dropped = self.step_number, before, [float(torch.tensor(coef)) for coef in coefs]
+            self.dropped = self.step_number, before, coefs
         lr, self.lr = self.lr, self.lr * lr_ratio if at_anchor else self.lr
         for arm, names in enumerate(self.arms):
             if any(arm in drawn for drawn in draws):
@@ -343,7 +343,8 @@ class Reference:
                     moved = math.fsum(math.prod(w[arm]) for w in draws if arm in w)
                     part = twelve_bits(moved / len(draws))
                     earlier = [(self.dropped[0], d, part * coef) for d, coef in enumerate(self.dropped[2])]
-                terms = [(d, coefs[d] * w[arm][0]) for d, w in enumerate(draws) if arm in w]
+                # As the log has them.
+                terms = [(d, coefs[d] * float16(w[arm][0])) for d, w in enumerate(draws) if arm in w]
                 bends = [(d, curved[d], shares[d]) for d, _ in terms] if curved else []
                 for name in names:
                     self.write(name, terms, earlier, bends)
@@ -487,6 +488,14 @@ def shaped(shape: str, all_slopes: Sequence[Sequence[float]]) -> list[float]:
 def twelve_bits(x: float) -> float:
     mantissa, exponent = np.frexp(x)
     return float(np.ldexp(np.rint(mantissa * 4096.0), exponent - 12))
+
+
+def float32(x: float) -> float:
+    return float(np.float32(x))
+
+
+def float16(x: float) -> float:
+    return float(np.float16(np.float32(x)))
 
 
 def round_to(x: float, bits: int, dtype: torch.dtype) -> float:

@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _configure_logging()
     try:
         result = _run(args)
-    except (ValueError, NonFiniteLossError, DesyncError, Interrupted) as error:
-        # Every rank has the reason, rank 0 tells it.
-        if int(os.environ.get("RANK", 0)) == 0:
+    except (ValueError, OSError, NonFiniteLossError, DesyncError, Interrupted) as error:
+        # Every rank has the reason, rank 0 tells it; but of a disk or a network, one rank may have it alone.
+        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         leave_process_group()
         if isinstance(error, Interrupted):

@@ -54,13 +54,21 @@ def fault_of(path: Path, expected: Sequence[int]) -> str:
     return "" if whole else "is damaged: it has other bytes than were saved"
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears, complete and on the disk, by a rename. OSError leaves what was there."""
+    partial = path.with_name(f".{path.name}.partial")
+    with naming(path):
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
 def write_checked(path: Path, content: dict[str, Any]) -> None:
     """Write JSON after a line with its checksum, and force it to the disk."""
     text = json.dumps(content).encode()
-    with naming(path), path.open("wb") as file:
-        file.write(b"%08x\n" % google_crc32c.value(text) + text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(path, b"%08x\n" % google_crc32c.value(text) + text)
 
 
 def read_checked(path: Path) -> dict[str, Any]:

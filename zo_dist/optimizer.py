@@ -201,7 +201,6 @@ class ZeroOrder(Stateful):
         if self.anchor.due(step):
             lr *= self.anchor.lr_ratio
         draws = self._draws(step, self.num_directions)
-        self.step_count += 1
         # torch's schedulers look here for whether a step came before theirs; `step_batch` is one too.
         self._opt_called = True
         self.factors = self.scale.factors(self.engine)
@@ -218,7 +217,8 @@ class ZeroOrder(Stateful):
         # Most estimators tell none.
         bends = zip(self.estimator.curvatures(losses[0], self.eps).tolist(), weights.tolist(), strict=False)
         told = slopes.tolist(), coefs.tolist(), of_sides[:2], list(bends)
-        self.record = StepRecord.of(step, lr, draws, *told)
+        # Not before: a step whose loss raised an error has not been, and can be taken again.
+        self.record, self.step_count = StepRecord.of(step, lr, draws, *told), step + 1
         if not self.record.finite:
             return self._skip(step, lr)
         self._finish(self.record, draws)

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from zo_dist.checkpoint import CHECKSUMS, check_model
 from zo_dist.config import Config, flatten
 from zo_dist.data import RunData
 from zo_dist.engines import Engine
+from zo_dist.files import naming, write_whole
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.replay import identity, replay
 from zo_dist.runlog import METRICS, read_metrics
@@ -89,7 +91,7 @@ def sole_use(output: Path, ranks: Engine) -> Iterator[None]:
             if ranks.rank == 0:
                 output.mkdir(parents=True, exist_ok=True)
                 # It stays: a lock on a file that another process deletes is no lock.
-                _lock(stack.enter_context((output / _LOCK).open("ab")), output)
+                _lock(stack.enter_context((output / _LOCK).open("a+b")), output)
         yield
 
 
@@ -97,12 +99,19 @@ def _lock(file: BinaryIO, output: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        file.seek(0)
+        holder = file.read().decode(errors="replace") or "of a process that does not say which"
         raise ValueError(
-            f"another run is using train.output={output}: wait until it ends, or set train.output to "
-            "another folder"
+            f"another run, {holder}, is using train.output={output}: wait until it ends, or set train.output "
+            "to another folder"
         ) from None
     except OSError as error:
         log.warning("%s cannot be locked (%s): let no other run use it", output, error.strerror)
+    else:
+        with naming(output / _LOCK):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
 
 
 def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> Earlier | None:
@@ -214,7 +223,7 @@ def go_on(earlier: Earlier, optimizer: ZeroOrder, config: Config) -> Iterator[Ap
 def _write_config(config: Config) -> None:
     """The config.yaml of the run's folder, with which the run goes on."""
     going_on = dataclasses.replace(config, train=dataclasses.replace(config.train, existing="resume"))
-    (Path(config.train.output) / "config.yaml").write_text(going_on.to_yaml(), encoding="utf-8")
+    write_whole(Path(config.train.output) / "config.yaml", going_on.to_yaml().encode())
 
 
 @contextmanager

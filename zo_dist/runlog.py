@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from zo_dist.evaluate import Score
-from zo_dist.files import append_whole, naming
+from zo_dist.files import append_whole, naming, write_whole
 
 METRICS = "metrics.jsonl"
 
@@ -48,10 +48,7 @@ class RunLog:
         if rank != 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".metrics.jsonl.partial"
-        with naming(partial):
-            partial.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
-        partial.replace(folder / METRICS)
+        write_whole(folder / METRICS, "".join(json.dumps(event) + "\n" for event in events).encode())
         # Unbuffered: what could not be written is not tried again, unasked, when the file is closed.
         self._file = FileIO(folder / METRICS, "ab")
         if tensorboard:

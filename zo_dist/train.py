@@ -21,7 +21,7 @@ from zo_dist.config import Config, EngineConfig
 from zo_dist.data import RunData, load_data
 from zo_dist.engines import Engine, on_each_node_first, select
 from zo_dist.evaluate import Score
-from zo_dist.files import naming
+from zo_dist.files import write_whole
 from zo_dist.learn_scale import Learning, learn_scale, require_one_process
 from zo_dist.loop import ROW_LOSSES, Loop, build_batches, score
 from zo_dist.models import load_model, load_tokenizer, longest_input
@@ -166,8 +166,7 @@ def _run(config: Config, ranks: Engine, prepared: Prepared, stop: StopRequests) 
     result.update(engine=engine.name, ranks=engine.num_ranks)
     with engine.jointly():
         if engine.rank == 0:
-            with naming(output / "result.json"):
-                (output / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+            write_whole(output / "result.json", f"{json.dumps(result)}\n".encode())
             log.info("plot: %s", plot_run(output))
     return result
 

@@ -1,7 +1,7 @@
 """The log of a run: enough to rebuild its weights from the starting ones, without data or forwards.
 
 One record per step, some 20 to 40 bytes per direction (docs/trajectory.md has the format): the learning
-rate, and for each direction its slope, the arms it drew and the scale of its noise in each. Records are
+rate, and for each direction its slope, its coefficient, and the arms it drew with their weights. Records are
 only ever appended, and every byte is under a checksum. A last record that was cut short, as a process
 that was killed leaves it, is dropped; anything else that does not fit is an error.
 """
@@ -24,13 +24,15 @@ from typing import Any, BinaryIO
 import google_crc32c
 import torch
 
-from zo_dist.files import append_whole, naming
+from zo_dist.files import append_whole, naming, write_whole
 from zo_dist.samplers import Draw
 
-MAGIC, VERSION = b"zo_dist\n", 3
+MAGIC, VERSION = b"zo_dist\n", 4
 
 _U32, _STEP, _LOSSES = struct.Struct("<I"), struct.Struct("<QdH"), struct.Struct("<dd")
-_CURVATURE = struct.Struct("<ff")
+_DIRECTION, _CURVATURE = struct.Struct("<dfB"), struct.Struct("<ff")
+# Of the byte that says how a direction's weights are written: how many are listed, and as float32.
+_MOST_LISTED, _WIDE = 127, 128
 # A length is believed only with its checksum: one that points past the end of the file would else
 # pass for a record that was cut short.
 _PREFIX = struct.Struct("<II")
@@ -46,8 +48,9 @@ class TrajectoryError(ValueError):
 class StepRecord:
     """What one step wrote: `weight += rule(sum over directions of scale * z)`.
 
-    For each direction: `slopes` (loss per parameter unit), `arms` that it drew, and for each of these
-    `scales`, what its noise is multiplied by, in float32. `losses`: the mean loss of either side of the
+    For each direction: `slopes` (loss per parameter unit), `coefs`, what counts of them in the update, in
+    float32, `arms` that it drew, and for each of these its `weights` in the update, as a float16 can hold
+    them (or, if they leave its range, a float32). `losses`: the mean loss of either side of the
     slope. `curvatures`: of each direction its curvature and the weight of its rows, in float32; empty unless
     H is learnt from them (`Curvature`). All are empty if the step was skipped.
     """
@@ -56,7 +59,8 @@ class StepRecord:
     lr: float
     slopes: tuple[float, ...] = ()
     arms: tuple[tuple[int, ...], ...] = ()
-    scales: tuple[tuple[float, ...], ...] = ()
+    coefs: tuple[float, ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
     losses: tuple[float, ...] = ()
     curvatures: tuple[tuple[float, float], ...] = ()
 
@@ -71,12 +75,17 @@ class StepRecord:
         curvatures: Sequence[tuple[float, float]] = (),
     ) -> StepRecord:
         """The record of a step; `coefs` are the slopes times each direction's share of the rows."""
-        pairs = zip(draws, coefs, strict=True)
-        scales = (torch.tensor([coef * w for w in draw.weights], dtype=torch.float32) for draw, coef in pairs)
-        arms = tuple(draw.arms for draw in draws)
-        exact = tuple(tuple(s.tolist()) for s in scales)
+        arms, weights = tuple(draw.arms for draw in draws), tuple(_short(draw.weights) for draw in draws)
         bends = ((c, w) for c, w in torch.tensor(curvatures, dtype=torch.float32).tolist())
-        return StepRecord(step, lr, tuple(slopes), arms, exact, tuple(losses), tuple(bends))
+        return StepRecord(
+            step, lr, tuple(slopes), arms, _float32(coefs), weights, tuple(losses), tuple(bends)
+        )
+
+    @property
+    def scales(self) -> tuple[tuple[float, ...], ...]:
+        """For each direction and arm that it drew, coefficient times weight, rounded to float32."""
+        pairs = zip(self.coefs, self.weights, strict=True)
+        return tuple(_float32([coef * weight for weight in weights]) for coef, weights in pairs)
 
     @property
     def finite(self) -> bool:
@@ -96,15 +105,11 @@ class StepRecord:
         """The record as bytes; `num_arms` is that of the run."""
         parts = [_STEP.pack(self.step, self.lr, len(self.slopes))]
         parts += [_LOSSES.pack(*self.losses)] if self.slopes else []
-        for slope, arms, scales in zip(self.slopes, self.arms, self.scales, strict=True):
+        of_directions = zip(self.slopes, self.coefs, self.arms, self.weights, strict=True)
+        for slope, coef, arms, weights in of_directions:
             mask = sum(1 << arm for arm in arms).to_bytes(-(-num_arms // 8), "little")
-            packed = [struct.pack("<f", scale) for scale in scales]
-            # Samplers that do not weigh arms give all the same scale, and one that clips gives many it.
-            distinct = list(dict.fromkeys(packed))
-            body = b"".join(distinct) + _pack_indices([distinct.index(scale) for scale in packed])
-            if len(distinct) > 255 or len(body) >= 4 * len(packed):
-                distinct, body = [], b"".join(packed)
-            parts += [struct.pack("<dB", slope, len(distinct)), mask, body]
+            form, body = _pack_weights(weights)
+            parts += [_DIRECTION.pack(slope, coef, form), mask, body]
         return b"".join(parts + [_CURVATURE.pack(*pair) for pair in self.curvatures])
 
     @staticmethod
@@ -112,43 +117,39 @@ class StepRecord:
         """What `pack` packed. struct.error, ValueError or IndexError if it is none."""
         step, lr, count = _STEP.unpack_from(data)
         at, width = _STEP.size, -(-num_arms // 8)
-        slopes, drawn, scaled = [], [], []
+        slopes, coefs, drawn, weighed = [], [], [], []
         losses = _LOSSES.unpack_from(data, at) if count else ()
         at += _LOSSES.size if count else 0
         for _ in range(count):
-            slope, num_distinct = struct.unpack_from("<dB", data, at)
-            mask = int.from_bytes(data[at + 9 : at + 9 + width], "little")
+            slope, coef, form = _DIRECTION.unpack_from(data, at)
+            at += _DIRECTION.size
+            mask = int.from_bytes(data[at : at + width], "little")
             arms = tuple(arm for arm in range(num_arms) if mask >> arm & 1)
-            at += 9 + width
-            stored = struct.unpack_from(f"<{num_distinct or len(arms)}f", data, at)
-            at += 4 * len(stored)
-            if num_distinct:
-                bits = _index_bits(num_distinct)
-                size = -(-len(arms) * bits // 8)
-                indices = int.from_bytes(data[at : at + size], "little")
-                at += size
-                stored = tuple(stored[indices >> i * bits & (1 << bits) - 1] for i in range(len(arms)))
+            weights, at = _unpack_weights(data, at + width, form, len(arms))
             slopes.append(slope)
+            coefs.append(coef)
             drawn.append(arms)
-            scaled.append(stored)
+            weighed.append(weights)
         # All before this says how long it is, so that the rest is curvatures or nothing.
         curvatures = tuple(_CURVATURE.iter_unpack(data[at:]))
         if len(curvatures) not in (0, count):
             raise ValueError(f"{len(data) - at} bytes too many")
-        return StepRecord(step, lr, tuple(slopes), tuple(drawn), tuple(scaled), losses, curvatures)
+        return StepRecord(
+            step, lr, tuple(slopes), tuple(drawn), tuple(coefs), tuple(weighed), losses, curvatures
+        )
 
 
 class TrajectoryReader:
     """Streams a log: `header`, then one `StepRecord` after another by iteration.
 
     Raises TrajectoryError, with the offset in bytes, where the file is damaged, and where a step is
-    missing. `end`: up to where the file was read and found whole. `torn`: bytes of a last record that
-    was cut short, known when iteration has come to the end (`finished`). Memory: one record.
+    missing. `steps`, `end`: how many were read, and up to where the file was found whole. `torn`: bytes of a
+    last record that was cut short, known when iteration has come to the end (`finished`). Memory: one record.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.torn, self.finished = 0, False
+        self.steps, self.torn, self.finished = 0, 0, False
         with self._opened() as file:
             if file.read(len(MAGIC)) != MAGIC:
                 raise TrajectoryError(f"{self.path} is not the trajectory of a run: it begins otherwise")
@@ -165,11 +166,10 @@ class TrajectoryReader:
         self._start = self.end
 
     def __iter__(self) -> Iterator[StepRecord]:
-        self.end, self.torn, self.finished = self._start, 0, False
+        self.steps, self.end, self.torn, self.finished = 0, self._start, 0, False
         num_arms = len(self.header["arms"])
         with self._opened() as file:
             file.seek(self.end)
-            step = 0
             while True:
                 at = self.end
                 data = self._next(file)
@@ -179,9 +179,9 @@ class TrajectoryReader:
                     record = StepRecord.unpack(data, num_arms)
                 except (struct.error, ValueError, IndexError) as error:
                     raise self._damaged(at, str(error)) from error
-                if record.step != step:
-                    raise self._damaged(at, f"step {record.step} follows where step {step} should")
-                step += 1
+                if record.step != self.steps:
+                    raise self._damaged(at, f"step {record.step} follows where step {self.steps} should")
+                self.steps += 1
                 yield record
         self.finished = True
         if self.torn:
@@ -233,13 +233,8 @@ class TrajectoryWriter:
 
     def __init__(self, path: str | Path, header: dict[str, Any], *, sync_every: int = 1) -> None:
         path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
-            file.write(MAGIC + _framed(json.dumps({"version": VERSION, **header}).encode()))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        self._continue(path, len(header["arms"]), sync_every)
+        write_whole(path, MAGIC + _framed(json.dumps({"version": VERSION, **header}).encode()))
+        self._continue(path, len(header["arms"]), 0, sync_every)
 
     @classmethod
     def resume(cls, reader: TrajectoryReader, *, sync_every: int = 1) -> TrajectoryWriter:
@@ -251,17 +246,24 @@ class TrajectoryWriter:
             raise ValueError(f"{reader.path} has to be read to its end before it is continued")
         os.truncate(reader.path, reader.end)
         writer = cls.__new__(cls)
-        writer._continue(reader.path, len(reader.header["arms"]), sync_every)
+        writer._continue(reader.path, len(reader.header["arms"]), reader.steps, sync_every)
         return writer
 
-    def _continue(self, path: Path, num_arms: int, sync_every: int) -> None:
-        self.path, self._num_arms, self._sync_every, self._unsynced = path, num_arms, sync_every, 0
+    def _continue(self, path: Path, num_arms: int, steps: int, sync_every: int) -> None:
+        self.path, self._num_arms, self._steps = path, num_arms, steps
+        self._sync_every, self._unsynced = sync_every, 0
         # Unbuffered: a record is one write, and is with the system when `append` returns.
         self._file = FileIO(path, "ab")
 
     def append(self, record: StepRecord) -> None:
-        """Add one step. If that fails in the middle, what was written of it is taken back."""
+        """Add one step. If that fails in the middle, what was written of it is taken back.
+
+        ValueError if it is not the step after the last one in the log.
+        """
+        if record.step != self._steps:
+            raise ValueError(f"{self.path} has {self._steps} steps; step {record.step} cannot follow them")
         append_whole(self._file, _framed(record.pack(self._num_arms)))
+        self._steps += 1
         self._unsynced += 1
         if self._sync_every and self._unsynced >= self._sync_every:
             with naming(self.path):
@@ -282,8 +284,46 @@ class TrajectoryWriter:
         self.close()
 
 
-def _index_bits(num_distinct: int) -> int:
-    return (num_distinct - 1).bit_length()
+def _float32(numbers: Sequence[float]) -> tuple[float, ...]:
+    return tuple(torch.tensor(numbers, dtype=torch.float32).tolist())
+
+
+def _short(weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights with the 11 bits of a float16; with those of a float32 if one leaves its range."""
+    exact = torch.tensor(weights, dtype=torch.float32)
+    least, most = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
+    fits = bool(((exact >= least) & (exact <= most)).all())
+    return tuple((exact.to(torch.float16) if fits else exact).tolist())
+
+
+def _pack_weights(weights: Sequence[float]) -> tuple[int, bytes]:
+    """How they are written, and the bytes: `_unpack_weights` reads them."""
+    exact = torch.tensor(weights, dtype=torch.float32)
+    wide = not torch.equal(exact.to(torch.float16).to(torch.float32), exact)
+    packed = [struct.pack("<f" if wide else "<e", weight) for weight in weights]
+    # Samplers that do not weigh arms give all the same, and one that clips weights gives many it.
+    distinct = list(dict.fromkeys(packed))
+    whole, body = b"".join(packed), b"".join(distinct) + _pack_indices([distinct.index(w) for w in packed])
+    if len(distinct) > _MOST_LISTED or len(body) >= len(whole):
+        distinct, body = [], whole
+    return len(distinct) | (_WIDE if wide else 0), body
+
+
+def _unpack_weights(data: bytes, at: int, form: int, count: int) -> tuple[tuple[float, ...], int]:
+    """The weights of so many arms, which begin at `at`, and where they end."""
+    listed, kind = form & _MOST_LISTED, "f" if form & _WIDE else "e"
+    stored = struct.unpack_from(f"<{listed or count}{kind}", data, at)
+    at += struct.calcsize(f"<{len(stored)}{kind}")
+    if not listed:
+        return stored, at
+    bits = _index_bits(listed)
+    size = -(-count * bits // 8)
+    indices = int.from_bytes(data[at : at + size], "little")
+    return tuple(stored[indices >> i * bits & (1 << bits) - 1] for i in range(count)), at + size
+
+
+def _index_bits(num_listed: int) -> int:
+    return (num_listed - 1).bit_length()
 
 
 def _pack_indices(indices: list[int]) -> bytes:

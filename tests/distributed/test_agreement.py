@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,7 @@ def come_apart(engine: str, what: str, odd: int, step: int) -> None:
                 if what == "coefficient":
                     slopes = optimizer.record.slopes
                     changed = (slopes[0] * (1 + 2.0**-52), *slopes[1:])
-                    optimizer.record = type(optimizer.record)(
-                        *(number - 1, optimizer.record.lr, changed),
-                        *(optimizer.record.arms, optimizer.record.scales),
-                    )
+                    optimizer.record = dataclasses.replace(optimizer.record, slopes=changed)
         try:
             optimizer.step_batch(rows, loss_of)
         except zo_dist.DesyncError:

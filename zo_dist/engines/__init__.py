@@ -6,8 +6,9 @@ Nothing else in the package imports `torch.distributed`, DeepSpeed or FSDP.
 from __future__ import annotations
 
 from zo_dist.engines.agreement import DesyncError
-from zo_dist.engines.base import Engine, initialize_process_group, leave_process_group, on_each_node_first
+from zo_dist.engines.base import Engine
 from zo_dist.engines.ds_config import DsConfig, read_ds_config
+from zo_dist.engines.processes import initialize_process_group, leave_process_group, on_each_node_first
 from zo_dist.engines.select import select
 
 __all__ = [

@@ -1,12 +1,9 @@
-"""What every engine is and does; also the few calls a launcher's script needs."""
+"""What every engine is and does."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,8 +11,6 @@ from torch import Tensor, nn
 
 from zo_dist.engines.agreement import digest, fingerprint, moment_sums, require_alike
 from zo_dist.params import Param, Span
-
-T = TypeVar("T")
 
 # Of an error message sent to the other ranks.
 _REASON_BYTES = 600
@@ -211,45 +206,3 @@ def await_each_forward(module: nn.Module) -> None:
     copies of a forward whose loss this rank does not read, as when none of its rows counted.
     """
     module.register_forward_hook(lambda *_: torch.accelerator.synchronize())
-
-
-def initialize_process_group(timeout_s: float = 600.0) -> torch.device:
-    """Join the process group the launcher set up (torchrun, deepspeed, accelerate); returns the device.
-
-    Without a launcher this is one process and no group is made. CPU tensors go over gloo, GPU
-    tensors over NCCL. A rank that dies makes the others fail after `timeout_s`, not wait for ever.
-    """
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return device
-
-
-def leave_process_group() -> None:
-    """Leave the process group, at the end of a run or after an error that every rank has."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def on_each_node_first(job: Callable[[], T]) -> T:
-    """Run `job` on the first rank of each node, then on the others: for downloads into a cache."""
-    if not dist.is_initialized():
-        return job()
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    error: Exception | None = None
-    result: list[T] = []
-    for turn in (True, False):
-        if first == turn and error is None:
-            try:
-                result.append(job())
-            except Exception as caught:
-                error = caught
-        failed = torch.tensor([float(error is not None)])
-        dist.all_reduce(failed)
-        if failed.item():
-            raise error or RuntimeError("another rank failed to prepare its files; see its log")
-    return result[0]

@@ -1,0 +1,96 @@
+"""The processes that a launcher started: joining their group, leaving it, taking turns."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+T = TypeVar("T")
+
+_FIRST = "zo_dist/first"
+# How long a rank waits for an answer before it looks whether another rank 0 is there now.
+_LOOK = timedelta(seconds=0.5)
+
+
+def initialize_process_group(timeout_s: float = 600.0) -> torch.device:
+    """Join the process group the launcher set up (torchrun, deepspeed, accelerate); returns the device.
+
+    Without a launcher this is one process and no group is made. CPU tensors go over gloo, GPU
+    tensors over NCCL. A rank that dies makes the others fail after `timeout_s`, not wait for ever.
+    """
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store, rank, num_ranks = next(rendezvous("env://", timeout=timeout))
+            store = _keys_of_this_start(store, rank, num_ranks, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    return device
+
+
+def _keys_of_this_start(store: Store, rank: int, num_ranks: int, timeout: timedelta) -> Store:
+    """A part of the store that no rank of an earlier start wrote to; the same one on every rank.
+
+    torchrun keeps one store for all its restarts, in which a new rank would find the addresses of dead
+    ones: torch's issue 135712. (Its count of restarts is no help: every node has its own.) So rank 0
+    offers a name, and a rank believes it only once rank 0 has answered it, which a dead one does not.
+    """
+    store.set_timeout(timeout)
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set(_FIRST, mine)
+        for other in range(1, num_ranks):
+            theirs = store.get(f"{mine}/{other}").decode()
+            store.set(f"{mine}/{theirs}", "seen")
+        return PrefixStore(mine, store)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        first = store.get(_FIRST).decode()
+        store.set(f"{first}/{rank}", mine)
+        try:
+            store.wait([f"{first}/{mine}"], _LOOK)
+        except dist.DistStoreError:
+            if time.monotonic() > deadline:
+                raise
+        else:
+            return PrefixStore(first, store)
+
+
+def leave_process_group() -> None:
+    """Leave the process group, at the end of a run or after an error that every rank has."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_each_node_first(job: Callable[[], T]) -> T:
+    """Run `job` on the first rank of each node, then on the others: for downloads into a cache."""
+    if not dist.is_initialized():
+        return job()
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    error: Exception | None = None
+    result: list[T] = []
+    for turn in (True, False):
+        if first == turn and error is None:
+            try:
+                result.append(job())
+            except Exception as caught:
+                error = caught
+        failed = torch.tensor([float(error is not None)])
+        dist.all_reduce(failed)
+        if failed.item():
+            raise error or RuntimeError("another rank failed to prepare its files; see its log")
+    return result[0]
