@@ -39,7 +39,7 @@ TUTORIALS = sorted(path.stem for path in (DOCS / "tutorials").glob("*.md") if bl
 
 
 def run(page: str, folder: Path) -> None:
-    more = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    more = {"PATH": f"{Path(sys.executable).parent}:{folder}/bin:/usr/bin:/bin"}
     for block in blocks(page):
         language, title, text = block["language"], block["title"], block["text"]
         assert text is not None
@@ -64,6 +64,11 @@ def run(page: str, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new user's, after the first tutorial."""
     folder = tmp_path_factory.mktemp("try")
+    if not Path(sys.executable).with_name("zo-dist").exists():
+        # The package is on PYTHONPATH alone. launch/test.sh looks at the installed command.
+        (folder / "bin").mkdir()
+        (folder / "bin" / "zo-dist").write_text('#!/bin/bash\nexec python -m zo_dist "$@"\n')
+        (folder / "bin" / "zo-dist").chmod(0o755)
     run("first_run", folder)
     return folder
 

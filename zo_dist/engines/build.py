@@ -71,9 +71,12 @@ def shard_with_fsdp2(
         fully_shard(module, **options)
     except NotImplementedError as error:
         kinds = {type(p).__name__ for p in module.parameters() if is_traceable_wrapper_subclass(p)}
+        kinds.discard("DTensor")
+        if not kinds:
+            raise
         raise ValueError(
-            f"FSDP2 cannot split weights that are stored as {', '.join(sorted(kinds - {'DTensor'}))}: leave "
-            "the base unquantised, or hold it whole on each rank (without fsdp; engine.kind replicated)"
+            f"FSDP2 cannot split weights that are stored as {', '.join(sorted(kinds))}: leave the base "
+            "unquantised, or hold it whole on each rank (without fsdp; engine.kind replicated)"
         ) from error
     return module
 
