@@ -1,6 +1,5 @@
-# Sourced by the scripts beside it: enters the repository, makes its environment, counts processes.
+# Sourced by the scripts beside it: the repository's environment, and how many processes to start.
 # Where packages come from is pip's own setting (PIP_INDEX_URL, pip.conf).
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '== %s\n' "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -16,9 +15,11 @@ find_python() {
     fail "no Python 3.11 or newer; install one, or name it: PYTHON=/path/to/python3.12 bash launch/..."
 }
 
-# make_environment EXTRAS: .venv with this package installed; again only when its needs have changed.
+# make_environment EXTRAS: enters the repository; .venv with this package installed, again only when its
+# needs have changed.
 make_environment() {
     local extras=$1 base stamp
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
     base=$(find_python)
     if [ ! -x .venv/bin/python ]; then
         say "making .venv"
@@ -35,11 +36,14 @@ make_environment() {
         "$PYTHON" -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$extras]"
         echo "$stamp" >".venv/installed-$extras"
     fi
+    # DeepSpeed compiles a helper there, and a stale lock in a shared folder would make it wait.
+    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.torch_extensions}
 }
 
 # choose_processes: RANKS is one per GPU, or 2 without a GPU; their threads share the cores.
 choose_processes() {
     local gpus cores
+    PYTHON=${PYTHON:-python3}
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
     cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
     RANKS=${RANKS:-$((gpus > 0 ? gpus : 2))}
@@ -48,6 +52,4 @@ choose_processes() {
     fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-    # DeepSpeed compiles a helper there, and a stale lock in a shared folder would make it wait.
-    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.torch_extensions}
 }

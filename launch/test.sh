@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Every check: linter, types, the wheel installed and used from another folder, all tests.
+# Every check: linter, types, the documentation, the wheel (built from the source package) installed and used
+# from another folder, all tests.
 #
 #   bash launch/test.sh [pytest arguments ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-make_environment deepspeed,test
+make_environment deepspeed,docs,test
 choose_processes
 export OMP_NUM_THREADS=1
 
@@ -15,10 +16,17 @@ ruff format --check .
 say "mypy"
 mypy
 
-say "the wheel"
+say "the documentation"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-"$PYTHON" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$scratch" .
+NO_MKDOCS_2_WARNING=1 "$PYTHON" -m mkdocs build --quiet --strict --site-dir "$scratch/documentation"
+
+say "the wheel, built from the source package"
+"$PYTHON" -m build --outdir "$scratch" . >"$scratch/build.log" 2>&1 || { tail -n 30 "$scratch/build.log"; exit 1; }
+packed=$(tar -tzf "$scratch"/*.tar.gz)
+for path in LICENSE zo_dist/native.cpp tests/reference.py docs/index.md configs/quickstart.yaml launch/common.sh; do
+    grep -q "/$path\$" <<<"$packed" || fail "the source package lacks $path"
+done
 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target "$scratch/site" "$scratch"/*.whl
 (
     cd "$scratch"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_importing_the_package_starts_nothing() -> None:
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts are for bash")
-@pytest.mark.parametrize("script", sorted(REPOSITORY.glob("launch/*.sh")), ids=lambda p: p.name)
+@pytest.mark.parametrize("script", sorted(REPOSITORY.glob("launch/*.s*")), ids=lambda p: p.name)
 def test_scripts_parse(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
@@ -87,6 +88,64 @@ def test_quickstart_refuses_an_unknown_mode() -> None:
     )
     assert done.returncode == 2
     assert "neither fsdp2 nor zero3" in done.stderr
+
+
+# The scripts for several nodes, each node being one process here
+
+
+def _script(name: str, *args: str, **settings: str) -> subprocess.Popen[str]:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    settings = {"PYTHON": sys.executable, "RANKS": "1", "MASTER_PORT": port, "PATH": path, **settings}
+    return subprocess.Popen(
+        ["bash", str(REPOSITORY / "launch" / name), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment() | settings,
+    )
+
+
+def _output(*nodes: subprocess.Popen[str]) -> str:
+    outputs = [node.communicate(timeout=400)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0] * len(nodes), "\n".join(out[-3000:] for out in outputs)
+    return "".join(outputs)
+
+
+@pytest.mark.slow
+def test_slurm_starts_an_agent_on_each_node(shrunk: list[str], tmp_path: Path) -> None:
+    """What sbatch would run, with a `srun` that takes this machine for both nodes."""
+    commands = {"scontrol": "echo localhost; echo localhost", "srun": 'for _ in 1 2; do "$@" & done; wait'}
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    slurm = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
+    slurm |= {"SLURM_SUBMIT_DIR": str(REPOSITORY)}
+    result = result_of(_output(_script("slurm.sbatch", QUICKSTART, *shrunk, PATH=path, **slurm)))
+    assert (result["engine"], result["ranks"], result["steps"]) == ("fsdp2", 2, 2)
+
+
+@pytest.mark.slow
+def test_deepspeed_starts_by_a_hostfile_without_ssh(shrunk: list[str], tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node0 slots=1\nnode1 slots=1\n")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    args = [QUICKSTART, str(REPOSITORY / "configs" / "ds_zero3.json"), *shrunk]
+    settings = {"HOSTFILE": str(hosts), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    nodes = [_script("deepspeed.sh", *args, NODE_RANK=str(rank), **settings) for rank in range(2)]
+    result = result_of(_output(*nodes))
+    assert (result["engine"], result["ranks"], result["steps"]) == ("deepspeed", 2, 2)
+
+
+@pytest.mark.slow
+def test_accelerate_starts_a_run(shrunk: list[str]) -> None:
+    result = result_of(_output(_script("accelerate.sh", QUICKSTART, *shrunk, RANKS="2")))
+    assert (result["engine"], result["ranks"], result["steps"]) == ("fsdp2", 2, 2)
 
 
 EXAMPLES = REPOSITORY / "docs" / "examples"

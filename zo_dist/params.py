@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -114,7 +115,7 @@ def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
     """The parameters with `requires_grad`, in registration order, each tied weight once.
 
     `module` is unwrapped. Raises ValueError when there are none, when one has a dtype other than
-    float32, bfloat16 or float16, or when two get the same canonical name.
+    float32, bfloat16 or float16 or is stored quantised, or when two get the same canonical name.
     """
     owners: dict[nn.Parameter, list[Owner]] = {}
     names: dict[nn.Parameter, str] = {}
@@ -131,6 +132,11 @@ def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
         raise ValueError("the model has no trainable parameter; set requires_grad=True on those to train")
     seen: set[str] = set()
     for param, name in names.items():
+        if name not in stored_parts(name, param):
+            raise ValueError(
+                f"parameter {name} is stored quantised ({type(param).__name__}), in steps wider than a shift "
+                "by eps; set requires_grad=False on it and train an adapter beside it (PEFT's LoRA)"
+            )
         if param.dtype not in DTYPES:
             raise ValueError(
                 f"parameter {name} has dtype {param.dtype}; cast it to float32, bfloat16 or float16, "
@@ -142,15 +148,31 @@ def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
     return [Param(names[p], p, shape_of(p), tuple(o)) for p, o in owners.items()]
 
 
+def stored_parts(name: str, param: Tensor) -> dict[str, Any]:
+    """What a parameter is stored in, by name: itself, or the tensors of a quantised one (torchao)."""
+    if not is_traceable_wrapper_subclass(param) or type(param).__name__ == "DTensor":
+        return {name: param}
+    parts: dict[str, Any] = {}
+    flattened: Any = param
+    for part in flattened.__tensor_flatten__()[0]:
+        parts.update(stored_parts(f"{name}.{part}", getattr(param, part)))
+    return parts
+
+
 def frozen_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
-    """The parameters without `requires_grad`, in registration order, each once. `module` is unwrapped."""
-    found: dict[nn.Parameter, Param] = {}
+    """The parameters without `requires_grad`, in registration order, each once, as they are stored.
+
+    `module` is unwrapped.
+    """
+    found: dict[nn.Parameter, list[Param]] = {}
     for prefix, holder in module.named_modules():
         for attribute, param in holder._parameters.items():
             if param is not None and not param.requires_grad and param not in found:
                 name = canonical_name(f"{prefix}.{attribute}".lstrip("."))
-                found[param] = Param(name, param, shape_of(param), (Owner(holder, holder, attribute),))
-    return list(found.values())
+                owners = (Owner(holder, holder, attribute),)
+                parts = stored_parts(name, param).items()
+                found[param] = [Param(n, part, shape_of(part), owners) for n, part in parts]
+    return [param for params in found.values() for param in params]
 
 
 def group_arms(module: nn.Module, params: Sequence[Param]) -> list[Arm]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zo_dist.engines.ds_config import DsConfig
 from zo_dist.params import find_layers
@@ -57,15 +58,26 @@ def shard_with_fsdp2(
     Parameters move to the mesh's device, one group at a time. `offload_to_cpu`: their shards go back
     to pinned CPU memory, and a gather copies them to the device first (where that is the CPU, FSDP2
     copies nothing). `compute_dtype`: what a gather casts to; the shards keep their dtype, and the
-    gather's traffic is that of `compute_dtype`. Both were run on CPU ranks only, not on a GPU.
+    gather's traffic is that of `compute_dtype`. Both were run on CPU ranks only, not on a GPU. ValueError
+    for weights that FSDP2 cannot split (torchao's int8).
     """
     # Page-locked memory needs an accelerator to copy to.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload_to_cpu else OffloadPolicy()
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "offload_policy": offload}
     options["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype)
-    for _, layer in find_layers(module):
-        fully_shard(layer, **options)
-    fully_shard(module, **options)
+    try:
+        for _, layer in find_layers(module):
+            fully_shard(layer, **options)
+        fully_shard(module, **options)
+    except NotImplementedError as error:
+        kinds = {type(p).__name__ for p in module.parameters() if is_traceable_wrapper_subclass(p)}
+        kinds.discard("DTensor")
+        if not kinds:
+            raise
+        raise ValueError(
+            f"FSDP2 cannot split weights that are stored as {', '.join(sorted(kinds))}: leave the base "
+            "unquantised, or hold it whole on each rank (without fsdp; engine.kind replicated)"
+        ) from error
     return module
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from zo_dist.engines.agreement import fingerprint
 from zo_dist.engines.base import Engine
-from zo_dist.params import Param, Span, canonical_name
+from zo_dist.params import Param, Span, canonical_name, stored_parts
 
 
 class ReplicatedEngine(Engine):
@@ -22,7 +22,8 @@ class ReplicatedEngine(Engine):
         super().__init__(module, next(module.parameters(), torch.empty(0)).device)
         self.has_copies = self.num_ranks > 1
         if self.has_copies:
-            weights = {canonical_name(name): fingerprint(p) for name, p in module.named_parameters()}
+            named = [stored_parts(canonical_name(n), p).items() for n, p in module.named_parameters()]
+            weights = {name: fingerprint(part) for parts in named for name, part in parts}
             self.require_equal("the starting weights", weights)
 
     def _span(self, param: Param) -> Span:

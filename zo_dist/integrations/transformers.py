@@ -2,7 +2,8 @@
 
 What a script does with its Trainer stays: arguments, data, collator, scheduler, callbacks, evaluation,
 logging, checkpoints with rotation, resume, the best model, the hub. `ZOTrainerMixin` does the same for any
-other subclass of Trainer (TRL's SFTTrainer). Written against transformers 5.23, whose methods it overrides.
+other subclass of Trainer (trl.py: TRL's SFTTrainer). Written against transformers 5.23, whose methods it
+overrides.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _Trainer: Any = object
 
 
 class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
-    """Put before a subclass of Trainer: `class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer)`.
+    """Put before a subclass of Trainer: `class ZOTheirTrainer(ZOTrainerMixin, TheirTrainer)`.
 
     `zo`: options of `zo_dist.ZeroOrder`; `lr` is `args.learning_rate`, `seed` is `args.seed` unless given.
     `row_loss`: a function `(model, batch) -> one loss per row`, or the pair (sums, weights) per row, with
@@ -193,6 +194,8 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; with the last of a step, the step. Returns the mean loss of all ranks, or 0."""
+        # By this some subclasses tell logs of training from those of evaluation. Probes run in eval mode.
+        model.train()
         self._micro_batches.append(self._prepare_inputs(inputs))
         loss = 0.0
         if self.accelerator.sync_gradients:
@@ -228,11 +231,15 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
     def _row_loss_for(self, batches: Sequence[Batch]) -> RowLoss | None:
         if self._row_loss != "auto":
             return self._row_loss
-        usual = type(self).compute_loss is Trainer.compute_loss and self.compute_loss_func is None
+        usual = self._computes_usual_loss() and self.compute_loss_func is None
         readable = all(set(batch) <= _CAUSAL_LM_KEYS and "labels" in batch for batch in batches)
         if usual and self.label_smoother is None and readable and _is_causal_lm(self.accelerator, self.model):
             return causal_lm_loss
         return None
+
+    def _computes_usual_loss(self) -> bool:
+        """Is `compute_loss` the mean cross-entropy over the tokens that have labels?"""
+        return type(self).compute_loss is Trainer.compute_loss
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """There is no gradient."""
