@@ -10,6 +10,8 @@ from typing import Literal
 # Points of a line, columns of a heat map: more are not told apart on a screen.
 MOST = 1000
 
+Style = Literal["line", "faint", "points", "squares", "dashes"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
@@ -23,7 +25,7 @@ class Line:
     y: Sequence[float]
     run: int | None
     seconds: Sequence[float] = ()
-    style: Literal["line", "faint", "points", "dashes"] = "line"
+    style: Style = "line"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from zo_dist.report.chart import Bars, Chart, Line, thinned
+from zo_dist.report.chart import Bars, Chart, Line, Style, thinned
 from zo_dist.report.history import History
 
 # In the order of a step; `rest` is what none of these is.
@@ -107,10 +107,11 @@ def memory(runs: Sequence[History]) -> Chart:
             most = [max(ranks) / 1e9 for _, ranks in told]
             least = [min(ranks) / 1e9 for _, ranks in told]
             times = [run.seconds_at(step) for step in x]
-            for name, y, style in (("largest rank", most, "line"), ("smallest rank", least, "dashes")):
-                if style == "line" or most != least:
-                    label = f"{run.name}: {what}, {name}"
-                    marks.append(Line(name=label, x=x, y=thinned(y), seconds=times, run=number, style=style))  # type: ignore[arg-type]
+            lines: list[tuple[str, list[float], Style]] = [("largest rank", most, "line")]
+            lines += [("smallest rank", least, "dashes")] if most != least else []
+            for name, y, style in lines:
+                label = f"{run.name}: {what}, {name}"
+                marks.append(Line(name=label, x=x, y=thinned(y), seconds=times, run=number, style=style))
             # Of one process: the next one's peak is another.
             mine = [gb for (step, _), gb in zip(told, most, strict=True) if step > run.processes[-1].began]
             if len(mine) >= 20 and mine[-1] > _GROWN * mine[len(mine) // 2]:

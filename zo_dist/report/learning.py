@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from zo_dist.report.chart import Bars, Chart, Heat, Line, bins, mean, thinned
+from zo_dist.report.chart import Bars, Chart, Heat, Line, Style, bins, mean, thinned
 from zo_dist.report.history import History
 
 # What is named in the texts: above these a chart says so.
@@ -205,8 +205,9 @@ def probabilities(run: History, number: int) -> Chart:
         times = [run.seconds_at(step) for step in x]
         marks = [Heat(rows=run.arms, x=x, z=z, seconds=times)]
         top = max(range(len(run.arms)), key=lambda arm: seen[-1][arm])
-        if len(run.arms) >= 4 and seen[-1][top] > _COLLAPSED:
-            found.append(f"{run.name}: {run.arms[top]} has the probability {seen[-1][top]:.2f}.")
+        first, last = seen[0][top], seen[-1][top]
+        if len(run.arms) >= 4 and last > max(_COLLAPSED, 2.0 * first):
+            found.append(f"{run.name}: {run.arms[top]} has the probability {last:.2f}, at first {first:.2f}.")
     what = f"p of each arm (layer) that the sampler {settings.name} drew by, rebuilt from the log."
     none = f"The sampler {settings.name} has no probabilities that change: see how often each arm was drawn."
     return Chart(
@@ -250,7 +251,8 @@ def draws(runs: Sequence[History]) -> Chart:
 
 def _evaluations(run: History, number: int, key: str) -> list[Line]:
     lines = []
-    for split in ("validation", "test"):
+    styles: dict[str, Style] = {"validation": "points", "test": "squares"}
+    for split, style in styles.items():
         evals = [e for e in run.evals(split) if e[key] is not None]
         times = 100.0 if key == "accuracy" else 1.0
         lines.append(
@@ -260,15 +262,15 @@ def _evaluations(run: History, number: int, key: str) -> list[Line]:
                 y=[times * e[key] for e in evals],
                 seconds=[float(e["seconds"]) for e in evals],
                 run=number,
-                style="points",
+                style=style,
             )
         )
     return [line for line in lines if len(line.x)]
 
 
 def _line(
-    run: History, number: int, name: str, x: Sequence[float], y: Sequence[float], style: str = "line"
+    run: History, number: int, name: str, x: Sequence[float], y: Sequence[float], style: Style = "line"
 ) -> Line:
     few, of_few = thinned(x), thinned(y)
     times = [run.seconds_at(step) for step in few]
-    return Line(name=f"{run.name}: {name}", x=few, y=of_few, seconds=times, run=number, style=style)  # type: ignore[arg-type]
+    return Line(name=f"{run.name}: {name}", x=few, y=of_few, seconds=times, run=number, style=style)

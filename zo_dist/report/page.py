@@ -14,6 +14,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "line": {"mode": "lines", "line": {"width": 2}},
     "faint": {"mode": "lines", "line": {"width": 1}, "opacity": 0.55},
     "points": {"mode": "lines+markers", "line": {"width": 1.5}, "marker": {"size": 7}},
+    "squares": {"mode": "markers", "line": {}, "marker": {"size": 10, "symbol": "square"}},
     "dashes": {"mode": "lines", "line": {"width": 1.5, "dash": "dash"}},
 }
 

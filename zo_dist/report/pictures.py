@@ -20,6 +20,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "line": {"lw": 1.4},
     "faint": {"lw": 0.6, "alpha": 0.6},
     "points": {"lw": 1.0, "marker": "o", "ms": 4},
+    "squares": {"lw": 0.0, "marker": "s", "ms": 6},
     "dashes": {"lw": 1.0, "ls": "--"},
 }
 

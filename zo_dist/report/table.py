@@ -35,7 +35,6 @@ def _summary_of(run: History) -> dict[str, str]:
     last = run.processes[-1]
     peaks = [max(peak) for e in steps for peak in [e.get("host_peak")] if peak and None not in peak]
     seconds = run.seconds_at(len(run.records))
-    wanted = settings.train.steps
     return {
         "model": f"{settings.model.source}, {settings.model.dtype}",
         "task": f"{settings.data.task}, {settings.data.source}",
@@ -43,7 +42,7 @@ def _summary_of(run: History) -> dict[str, str]:
         "method": f"{settings.optimizer.sampler.name}, {settings.optimizer.rule.name}, "
         f"{settings.optimizer.directions} directions, {settings.train.rows} rows",
         "lr, eps": f"{settings.optimizer.lr:g}, {settings.optimizer.eps:g}",
-        "steps": f"{len(run.records)} of {wanted}",
+        "steps": str(len(run.records)),
         "training seconds": f"{seconds:.1f}",
         "test accuracy": " to ".join(
             f"{100 * e['accuracy']:.1f}%" for e in scores if e["accuracy"] is not None
