@@ -101,9 +101,8 @@ class Browser:
 
     def picture(self, path: Path) -> None:
         self.ask("window.scrollTo(0, 0)")
-        self.ask(
-            "delete window.painted, requestAnimationFrame(() => requestAnimationFrame(() => window.painted = 1))"
-        )
+        after_two_frames = "requestAnimationFrame(() => requestAnimationFrame(() => window.painted = 1))"
+        self.ask(f"(window.painted = 0, {after_two_frames})")
         self.until("window.painted === 1")
         self.wait(1000)
         self._view.grab().save(str(path))

@@ -138,10 +138,10 @@ def distribution(runs: Sequence[History]) -> Chart:
 
 
 def standardised(run: History) -> list[float]:
-    """All slopes over the root mean square of some 50 or more around them, which falls as the loss does."""
+    """All slopes over the root mean square of some 200 or more around them, which falls as the loss does."""
     count = sum(len(record.slopes) for record in run.records)
     result: list[float] = []
-    for a, b in bins(len(run.records), max(1, min(20, count // 50))):
+    for a, b in bins(len(run.records), max(1, min(20, count // 200))):
         mine = [s for record in run.records[a:b] for s in record.slopes]
         root = math.sqrt(math.fsum(s * s for s in mine) / max(len(mine), 1))
         result += [s / root for s in mine if root]
