@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from zo_dist.memory import proc_status
+
 
 def settled() -> None:
     """Give back what is free, so that a peak is that of the work and not of what came before."""
@@ -17,7 +19,7 @@ def settled() -> None:
 
 
 def resident_bytes() -> int:
-    return _status("VmRSS")
+    return proc_status("VmRSS")
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
@@ -30,11 +32,4 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     # 5 resets the high-water mark of resident memory (Linux, proc(5)).
     Path("/proc/self/clear_refs").write_text("5")
     work()
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}; the CPU figures need Linux")
+    return proc_status("VmHWM")

@@ -334,7 +334,7 @@ def test_a_run_resumes_from_its_snapshot_and_checks(
     run = tmp_path / "run"
     assert main(["train", str(path)]) == 0
     assert main(["check", str(run)]) == 0
-    expected = '"steps": 5, "cut_short": 0, "events": 8, "snapshots": ["step-00000002", "step-00000004"]'
+    expected = '"steps": 5, "cut_short": 0, "events": 9, "snapshots": ["step-00000002", "step-00000004"]'
     expected += ', "models": ["last"]'
     assert expected in capsys.readouterr().out
     assert main(["train", str(path), "train.steps=7"]) == 0

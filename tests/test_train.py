@@ -58,6 +58,7 @@ def test_a_run_leaves_its_files(one_process: tuple[Path, dict[str, Any]]) -> Non
         ("step", 3, None),
         ("eval", 3, "validation"),
         ("eval", 3, "test"),
+        ("stop", None, None),
     ]
     step = records(run)[2]
     assert step["lr"] == 1e-3

@@ -59,7 +59,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     # The deepspeed launcher adds it; what counts is the environment, which it sets as well.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train | eval | export | replay | check | learn-scale"
+        dest="command", required=True, metavar="train | eval | report | export | replay | check | learn-scale"
     )
     train = commands.add_parser("train", help="fine-tune a model as a config file says")
     train.add_argument("config", help="YAML file; every key is described in zo_dist/config.py")
@@ -82,6 +82,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     check = commands.add_parser("check", help="read a run's folder and say whether all of it is whole")
     check.add_argument("run", help="the folder of a run, or of a saved model")
     check.set_defaults(overrides=[])
+    report = commands.add_parser("report", help="an HTML page of one run, or of several compared")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
+    report.add_argument(
+        "--out",
+        metavar="FOLDER|FILE.html",
+        help="a folder for the page and PNGs, or the page alone; default: the folder report in the first RUN",
+    )
+    report.set_defaults(overrides=[])
     learn = commands.add_parser(
         "learn-scale", help="how far each parameter is to be perturbed, learnt once for a base model"
     )
@@ -112,6 +120,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     if args.command == "check":
         return check_run(Path(args.run))
+    if args.command == "report":
+        # Slow to import, and needed here alone.
+        from zo_dist.report import write_report
+
+        return write_report(args.runs, args.out)
     ranks = Engine(nn.Identity(), initialize_process_group())
     with ranks.jointly():
         config = _config(args)

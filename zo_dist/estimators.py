@@ -28,12 +28,13 @@ class Estimator(Part):
             raise ValueError(f"clip_rows is {clip_rows}; it must be above 0 (.inf does not clip)")
         self.clip_rows = clip_rows
 
-    def _distance(self, eps: float) -> float:
+    def distance(self, eps: float) -> float:
+        """Between the two shifts, in lengths of the noise: the losses differ by the slope times this."""
         return (self.signs[0] - self.signs[1]) * eps
 
     def slopes(self, losses: Tensor, eps: float) -> Tensor:
         """`losses` float64 `[directions, sides]` in the order of `signs`; returns `[directions]`."""
-        return (losses[:, 0] - losses[:, 1]) / self._distance(eps)
+        return (losses[:, 0] - losses[:, 1]) / self.distance(eps)
 
     def curvatures(self, losses: Tensor, eps: float) -> Tensor:
         """`losses` as in `slopes`; of those that tell it, `[directions]`: how the loss bends along each."""
@@ -44,7 +45,7 @@ class Estimator(Part):
         first, second, *others = sides
         if self.clip_rows == math.inf:
             return list(sides)
-        limit = self.clip_rows * self._distance(eps)
+        limit = self.clip_rows * self.distance(eps)
         # A row of no weight has no loss to clip.
         weights = torch.where(first[:, 1] > 0, first[:, 1], 1.0)
         middle = (first[:, 0] + second[:, 0]) / 2.0

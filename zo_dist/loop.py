@@ -16,6 +16,7 @@ from zo_dist.config import Config
 from zo_dist.data import RunData
 from zo_dist.engines import Engine
 from zo_dist.evaluate import Score, evaluate
+from zo_dist.memory import peaks
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.probes import RowLoss
 from zo_dist.resume import SNAPSHOTS, Append, Earlier, Interrupted, StopRequests
@@ -84,6 +85,7 @@ class Loop:
         done = optimizer.step_count
         optimizer.prepare(self._batches[done][0], row_loss)
         self._start = time.perf_counter()
+        optimizer.clock.read()
         over = done >= settings.steps or self._is_over(self._seconds_before)
         try:
             # An earlier process may have been stopped between a step and its evaluation.
@@ -106,13 +108,15 @@ class Loop:
         scheduler = make_scheduler(optimizer, settings, first - 1)
         accuracy = ""
         for step in range(first, last + 1):
-            loss = optimizer.step_batch(self._rows_of(step - 1), row_loss)
+            with optimizer.clock.on("data"):
+                rows = self._rows_of(step - 1)
+            loss = optimizer.step_batch(rows, row_loss)
             scheduler.step()
-            ends, requested, written = self._agree(step)
+            ends, requested, written, memory = self._agree(step)
             with engine.jointly():
                 self._append(optimizer.record)
                 if step % settings.log_every == 0 or ends or requested:
-                    self._write_step(step, loss)
+                    self._write_step(step, loss, memory)
             self._stop.end(step, requested)
             if written:
                 self._finish_snapshot()
@@ -123,7 +127,8 @@ class Loop:
             if settings.snapshot_every and step % settings.snapshot_every == 0:
                 self._finish_snapshot()
                 folder = Path(settings.output) / SNAPSHOTS
-                self._snapshot = PendingSnapshot(optimizer, folder, settings.keep_snapshots)
+                with optimizer.clock.on("save"):
+                    self._snapshot = PendingSnapshot(optimizer, folder, settings.keep_snapshots)
             self._log.advance(loss=f"{loss:.4f}", validation=accuracy)
             if ends:
                 break
@@ -136,7 +141,8 @@ class Loop:
     def _finish_snapshot(self) -> None:
         snapshot, self._snapshot = self._snapshot, None
         if snapshot:
-            snapshot.finish()
+            with self._optimizer.clock.on("save"):
+                snapshot.finish()
 
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._start
@@ -145,23 +151,25 @@ class Loop:
         every = self._config.train.eval_every
         return bool(every) and (last or step % every == 0)
 
-    def _agree(self, step: int) -> tuple[bool, int, bool]:
+    def _agree(self, step: int) -> tuple[bool, int, bool, Tensor]:
         """Does training end with this step, which signal was sent, and is the snapshot's every file written?
 
-        The same on every rank.
+        The same on every rank. Also the memory of each: `[ranks, 2]`, as `peaks`.
         """
+        engine = self._optimizer.engine
         written = self._snapshot is not None and self._snapshot.written
-        mine = [self._seconds(), float(self._stop.seen), float(written)]
-        everyone = self._optimizer.engine.exchange(mine)
+        mine = [self._seconds(), float(self._stop.seen), float(written), *peaks(engine.device)]
+        with self._optimizer.clock.on("agree"):
+            everyone = engine.exchange(mine)
         # By the clock of rank 0: ranks must agree.
         ends = step == self._config.train.steps or self._is_over(float(everyone[0, 0]))
-        return ends, int(everyone[:, 1].max()), bool(everyone[:, 2].all())
+        return ends, int(everyone[:, 1].max()), bool(everyone[:, 2].all()), everyone[:, 3:]
 
     def _is_over(self, seconds: float) -> bool:
         limit = self._config.train.max_seconds
         return limit is not None and seconds >= limit
 
-    def _write_step(self, step: int, loss: float) -> None:
+    def _write_step(self, step: int, loss: float, memory: Tensor) -> None:
         optimizer = self._optimizer
         drawn = [0] * len(optimizer.arms)
         for arm in itertools.chain(*optimizer.record.arms):
@@ -177,17 +185,22 @@ class Loop:
             drawn=drawn,
             seconds=self._seconds(),
             skipped=optimizer.skipped,
+            spent=optimizer.clock.read(),
+            host_peak=memory[:, 0].tolist(),
+            accelerator_peak=memory[:, 1].tolist(),
         )
 
     def _validate(self, step: int) -> Score:
         data, engine = self._data, self._optimizer.engine
         rows = data.validation[: self._config.train.eval_rows]
-        result = score(self._config, engine, data, rows)
+        with self._optimizer.clock.on("evaluate"):
+            result = score(self._config, engine, data, rows)
         # First the weights: a process that is killed or stopped here evaluates again.
         if self._config.train.save_best and result.loss < self._best:
             self._stop.heed(step)
             self._best = result.loss
-            save_model(engine, Path(self._config.train.output) / "best", self._tokenizer)
+            with self._optimizer.clock.on("save"):
+                save_model(engine, Path(self._config.train.output) / "best", self._tokenizer)
         with engine.jointly():
             self._log.write_score("validation", result, len(rows), step, self._seconds())
         return result

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist.anchor import Anchor, Anchored
+from zo_dist.clock import Clock
 from zo_dist.coefficients import Coefficients, Raw
 from zo_dist.curvature import Curvature, DiagonalCurvature
 from zo_dist.engines import select
@@ -148,6 +149,7 @@ class ZeroOrder(Stateful):
             self.directions, self.directions_per_row = directions, directions_per_row
             self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
             self.step_count = self.skipped = self.skipped_in_a_row = 0
+            self.clock = Clock()
             # What the last step wrote: nothing yet.
             self.record = StepRecord(-1, lr)
         self.engine.require_equal("the optimizer's settings", self.settings(lr))
@@ -205,8 +207,10 @@ class ZeroOrder(Stateful):
         self._opt_called = True
         self.factors = self.scale.factors(self.engine)
         with evaluating(self.engine.module):
-            alike = lr, draws, self.record, self.factors
-            points = self.engine.reduce(self._points(evaluate, draws, step), alike)
+            with self.clock.on("forward"):
+                of_rank = self._points(evaluate, draws, step)
+            with self.clock.on("agree"):
+                points = self.engine.reduce(of_rank, (lr, draws, self.record, self.factors))
         losses, sums = points[..., 0] / points[..., 1], points[0]
         weights = sums[..., 1].sum(1)
         of_sides = (sums[..., 0].sum(0) / sums[..., 1].sum(0)).tolist()
@@ -229,7 +233,8 @@ class ZeroOrder(Stateful):
         if at_anchor:
             self.anchor.drop(record, self.factors, self.engine.spans(self.params))
         if record.lr:
-            self._write(record, draws)
+            with self.clock.on("update"):
+                self._write(record, draws)
         if not at_anchor:
             self.sampler.observe(draws, record.slopes)
         self.coefficients.observe(record.slopes)
@@ -310,7 +315,8 @@ class ZeroOrder(Stateful):
             for p in self.arms[arm].params
         }
         perturbation: ModulePerturbation | ShardPerturbation
-        shifts = Shifts(self.noise, step, self.eps, self.factors, self.mask, self.curvature, lengths)
+        of_step = self.noise, step, self.eps, self.factors, self.mask, self.curvature, lengths
+        shifts = Shifts(*of_step, self.clock)
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
             perturbation = ModulePerturbation(list(union.values()), shifts, self.layers)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_dist.clock import Clock
 from zo_dist.curvature import Curvature
 from zo_dist.kernels import EAGER_CHUNK
 from zo_dist.mask import Mask
@@ -43,7 +44,7 @@ class Shifts:
 
     `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`, by name,
     `curvature` divides the noise of each weight, `lengths` are those of draws, by direction and name. What
-    `mask` leaves out is as it was.
+    `mask` leaves out is as it was. `clock` is told what shifting takes.
     """
 
     noise: Noise
@@ -53,6 +54,7 @@ class Shifts:
     mask: Mask = field(default_factory=Mask)
     curvature: Curvature = field(default_factory=Curvature)
     lengths: Mapping[tuple[int, str], float] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
 
     def copies(
         self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
@@ -60,18 +62,20 @@ class Shifts:
         """For each of one direction's probes, `flat` shifted; it begins at element `offset` of `name`."""
         scales = [self.size(name, probe) for probe in probes]
         where = name, self.step, probes[0].direction, offset
-        if self.curvature.used:
-            self.curvature.shift(outs, flat, self.noise, *where, scales)
-        else:
-            self.noise.shift(outs, flat, *where, scales)
-        self.mask.put_back(outs, flat, name)
+        with self.clock.on("perturb"):
+            if self.curvature.used:
+                self.curvature.shift(outs, flat, self.noise, *where, scales)
+            else:
+                self.noise.shift(outs, flat, *where, scales)
+            self.mask.put_back(outs, flat, name)
 
     def rows(self, table: Tensor, ids: Tensor, name: str, probe: Probe) -> Tensor:
         """`[len(ids), width]`: these rows of a whole matrix as `copies` shifts them, but for the mask."""
         where = name, self.step, probe.direction, self.size(name, probe)
-        if self.curvature.used:
-            return self.curvature.shift_rows(table, ids, self.noise, *where)
-        return self.noise.shift_rows(table, ids, *where)
+        with self.clock.on("perturb"):
+            if self.curvature.used:
+                return self.curvature.shift_rows(table, ids, self.noise, *where)
+            return self.noise.shift_rows(table, ids, *where)
 
     def are_thin(self, name: str) -> bool:
         """Is what is added to this weight the product of two thin matrices?"""
@@ -197,7 +201,8 @@ def corrected(
     drawn = [(probe, rows) for group in groups for probe, rows in group if weight in probe.drawn]
     if drawn:
         terms = [(probe.direction, shifts.size(weight, probe), rows) for probe, rows in drawn]
-        shifts.noise.add_products(out, x, weight, shifts.step, terms)
+        with shifts.clock.on("perturb"):
+            shifts.noise.add_products(out, x, weight, shifts.step, terms)
     for group in groups:
         if bias in group[0][0].drawn:
             z = torch.zeros(out.shape[-1], device=x.device)

@@ -35,7 +35,7 @@ from zo_dist.trajectory import StepRecord, TrajectoryReader, TrajectoryWriter
 log = logging.getLogger(__name__)
 
 LOG, SNAPSHOTS, _LOCK = "trajectory.zo", "snapshots", ".lock"
-MODELS = ("best", "last")
+MODELS, REPORT = ("best", "last"), "report"
 
 Append = Callable[[StepRecord], None]
 
@@ -63,12 +63,14 @@ class Earlier:
     """What an earlier process did of this run.
 
     Its log, read to the end; how many steps are in it, their metrics, and the last snapshot among them.
+    `lost_steps`: later ones that the metrics know and the log does not, as after a machine failed.
     """
 
     reader: TrajectoryReader
     steps: int
     events: list[dict[str, Any]]
     snapshot: Path | None
+    lost_steps: int
 
     @property
     def seconds(self) -> float:
@@ -137,7 +139,9 @@ def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> E
                 known = [e for e in known if e["event"] != "eval" or e["step"] == 0 or e["split"] != "test"]
                 if not any(e["event"] == "eval" and e["step"] == 0 for e in known):
                     raise ValueError(f"{path.parent / METRICS} lacks the start of the run; {_REMEDY}")
-                earlier = Earlier(reader, steps, known, last_snapshot(path.parent, steps))
+                lost = max((e.get("step", 0) for e in events), default=0) - steps
+                snapshot = last_snapshot(path.parent, steps)
+                earlier = Earlier(reader, steps, known, snapshot, max(0, lost))
     seen = (earlier.steps, earlier.snapshot) if earlier else (0, None)
     ranks.require_equal("what train.output holds", {"steps and snapshot": seen})
     return earlier
@@ -187,7 +191,7 @@ def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Appen
     def create() -> TrajectoryWriter:
         output = Path(config.train.output)
         # Of a run that is replaced: nothing of it is to be taken for the new one's.
-        for folder in (SNAPSHOTS, *MODELS, "tensorboard"):
+        for folder in (SNAPSHOTS, *MODELS, "tensorboard", REPORT):
             shutil.rmtree(output / folder, ignore_errors=True)
         for file in ("result.json", "run.png"):
             (output / file).unlink(missing_ok=True)

@@ -7,6 +7,8 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +25,10 @@ METRICS = "metrics.jsonl"
 class RunLog:
     """Writes on rank 0; on the others it does nothing. Close it, or use it in a `with`.
 
-    `metrics.jsonl` has one JSON object per line, each with an `event`: `run` once per process (what does
-    not change: arms, rows truncated), `step`, `eval`. A number that is not finite is null. `done`,
-    `events`: the steps that an earlier process took, and what it wrote of them; kept.
+    `metrics.jsonl` has one JSON object per line, each with an `event`: `run` once per process (when it began,
+    after which step, what it found), `step`, `eval`, and `stop`, which a process that was killed lacks.
+    docs/report.md has the keys. A number that is not finite is null. `done`, `events`: the steps that an
+    earlier process took, and what it wrote of them; kept.
     """
 
     def __init__(
@@ -73,6 +76,14 @@ class RunLog:
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{event}/{key}", value, step)
 
+    def write_start(self, done: int, **values: Any) -> None:
+        """Append a `run`: a process goes on after step `done`."""
+        self.write("run", time=_now(), done=done, **values)
+
+    def write_stop(self, reason: str, error: str | None = None) -> None:
+        """Append a `stop`: why the process ends, and the class of the exception that ends it."""
+        self.write("stop", time=_now(), error=error, reason=reason)
+
     def write_score(self, split: str, score: Score, rows: int, step: int, seconds: float) -> None:
         """Append an `eval`: the score of the first `rows` rows of a split."""
         values = {"accuracy": score.accuracy, "loss": score.loss}
@@ -99,6 +110,10 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # What ended the run is to be told, and not what becomes of this.
+        if kind is not None:
+            with suppress(OSError):
+                self.write_stop(str(value), kind.__name__)
         self.close()
 
 
@@ -119,5 +134,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -28,7 +28,7 @@ from zo_dist.models import load_model, load_tokenizer, longest_input
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.params import trainable_params
 from zo_dist.replay import replay
-from zo_dist.report import plot_run
+from zo_dist.report.pictures import draw_run
 from zo_dist.resume import StopRequests, begin, find_earlier, go_on, last_snapshot, sole_use
 from zo_dist.runlog import RunLog
 from zo_dist.scale import save_nets
@@ -131,13 +131,15 @@ def _run(config: Config, ranks: Engine, prepared: Prepared, stop: StopRequests) 
                 events=earlier.events if earlier else (),
             )
             stack.enter_context(run_log)
-            run_log.write(
-                "run",
+            run_log.write_start(
+                done,
                 engine=engine.name,
                 ranks=engine.num_ranks,
-                done=done,
+                torn_bytes=earlier.reader.torn if earlier else 0,
+                lost_steps=earlier.lost_steps if earlier else 0,
                 rows_truncated=data.truncated,
                 arms=[arm.name for arm in optimizer.arms],
+                arm_sizes=[arm.numel for arm in optimizer.arms],
                 trained_parameters=sum(p.numel for p in optimizer.params),
             )
         stop.heed(done)
@@ -159,6 +161,7 @@ def _run(config: Config, ranks: Engine, prepared: Prepared, stop: StopRequests) 
         after = score(config, engine, data, data.test)
         with engine.jointly():
             run_log.write_score("test", after, len(data.test), steps, seconds)
+            run_log.write_stop("finished")
             run_log.close()
         log.info("after training: test accuracy %.4f, loss %.4f", after.accuracy, after.loss)
     result: dict[str, Any] = {"accuracy_before": before.accuracy, "accuracy_after": after.accuracy}
@@ -167,7 +170,7 @@ def _run(config: Config, ranks: Engine, prepared: Prepared, stop: StopRequests) 
     with engine.jointly():
         if engine.rank == 0:
             write_whole(output / "result.json", f"{json.dumps(result)}\n".encode())
-            log.info("plot: %s", plot_run(output))
+            log.info("picture: %s", draw_run(output))
     return result
 
 
