@@ -1,4 +1,4 @@
-"""The picture of a run: loss and accuracy against training time."""
+"""The picture of a run: loss and metrics against training time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 from zo_dist.files import naming
 from zo_dist.runlog import read_metrics
+
+# Of the tasks, in `zo_dist.tasks`.
+METRICS_OF_EVALS = ("accuracy", "f1", "em")
 
 
 def plot_run(folder: Path) -> Path:
@@ -27,12 +30,15 @@ def plot_run(folder: Path) -> Path:
     for split, marker in (("validation", "o-"), ("test", "s")):
         times = [r["seconds"] for r in evals[split]]
         left.plot(times, [r["loss"] for r in evals[split]], marker, ms=4, label=split)
-        right.plot(times, [100 * r["accuracy"] for r in evals[split]], marker, ms=4, label=split)
+        for metric in [key for key in METRICS_OF_EVALS if evals[split] and key in evals[split][0]]:
+            shares = [100 * r[metric] for r in evals[split]]
+            right.plot(times, shares, marker, ms=4, label=f"{split} {metric}")
     left.set(xlabel="training seconds", ylabel="cross-entropy")
-    right.set(xlabel="training seconds", ylabel="accuracy, %")
+    right.set(xlabel="training seconds", ylabel="%")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     path = folder / "run.png"
     with naming(path):
         figure.savefig(path, dpi=120)
