@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,15 +34,19 @@ from zo_dist.perturb import ModulePerturbation, ShardPerturbation
 from zo_dist.tasks import EncodedRow, get_task
 from zo_dist.train import run_evaluation, run_training
 
+DOCS = Path(__file__).parent.parent / "docs"
 WORDS = ["red", "green", "blue", "ice", "sun", "yes", "no", "maybe"]
 NEWLINE, END = 10, 1
 MAX_NEW = 9
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word is a token; one token is a line break, one a word with a line break after it."""
+    """A word is a token; one token is a line break, one a word with a line break after it.
+
+    transformers tells what tokens stand for from how they follow "abcdef", which has to be a word too.
+    """
     vocabulary = {"<pad>": 0, "</s>": END, **{word: i + 2 for i, word in enumerate(WORDS)}}
-    vocabulary |= {"\n": NEWLINE, "so\n": NEWLINE + 1, "<unk>": NEWLINE + 2}
+    vocabulary |= {"\n": NEWLINE, "so\n": NEWLINE + 1, "abcdef": NEWLINE + 2, "<unk>": NEWLINE + 3}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call,unused-ignore]
@@ -51,7 +57,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(kind: str = "llama", layers: int = 3) -> Any:
     """Random enough that greedy texts differ between rows."""
     torch.manual_seed(1)
-    size: dict[str, Any] = {"vocab_size": 13, "pad_token_id": 0, "eos_token_id": END, "bos_token_id": END}
+    size: dict[str, Any] = {"vocab_size": 14, "pad_token_id": 0, "eos_token_id": END, "bos_token_id": END}
     if kind == "gpt2":  # learned positions: padding would shift them
         model: Any = GPT2LMHeadModel(GPT2Config(**size, n_embd=16, n_layer=layers, n_head=4, n_positions=40))
     else:
@@ -59,7 +65,7 @@ def make_model(kind: str = "llama", layers: int = 3) -> Any:
         model = LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=layers, num_key_value_heads=2))
     with torch.no_grad():
         for param in model.parameters():
-            param.add_(0.2 * torch.randn_like(param))
+            param.add_(0.5 * torch.randn_like(param))
     return model.eval()
 
 
@@ -310,10 +316,10 @@ def write_run(folder: Path, **train: Any) -> Path:
         },
         "optimizer": {"lr": 0.05, "eps": 0.05, "directions": 8},
         "train": {
-            "steps": 30,
+            "steps": 12,
             "objective": "f1",
             "rows": 16,
-            "eval_every": 15,
+            "eval_every": 6,
             "tensorboard": False,
             "output": str(folder / "run"),
             **train,
@@ -360,6 +366,18 @@ def test_objectives_are_those_of_the_task(tmp_path: Path) -> None:
     config = load_config(tmp_path / "config.yaml", ["data.source=null"])
     with pytest.raises(ValueError, match="no published data set of the task 'qasc'"):
         run_training(config, Engine(nn.Identity(), torch.device("cpu")))
+
+
+def test_the_example_of_an_own_score_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model(layers=1).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["objective.py", "--model", str(tmp_path), "--steps", "2", "--lr", "1e-3"]
+    )
+    runpy.run_path(str(DOCS / "examples" / "objective.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("loss ")
 
 
 def test_a_smooth_loss_is_the_default_check() -> None:

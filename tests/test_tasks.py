@@ -200,6 +200,16 @@ def test_tasks_are_trained_and_measured_as_in_mezo() -> None:
     assert trained["instruct"] == ("option_nll", (), None)
 
 
+def test_the_documentation_has_every_task() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    table = {row[0].strip("`"): row[2:] for row in rows if len(row) == 5}
+    for name, task in TASKS.items():
+        metrics = ", ".join(task.metrics) or "none: the loss alone"
+        source = f"`{task.source}`" if task.source else "none"
+        assert table[name] == [source, task.loss, metrics]
+
+
 BAD_ROWS = {
     "record": [
         ({"answers": ["Eve"]}, "'Eve', which is none of the entities"),

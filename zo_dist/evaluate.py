@@ -73,7 +73,7 @@ def evaluate(
             elif metrics:
                 columns.append(option_accuracy(scores, inputs))
             if counts:
-                results[batch] = torch.stack(columns, dim=1).to(results)
+                results[batch] = torch.stack([column.to(results) for column in columns], dim=1)
     engine.publish()
     # Every row is some rank's, so the sum is exact, and its mean the same for every number of ranks.
     loss, *means = engine.reduce(results).mean(0).tolist()
@@ -87,7 +87,7 @@ def _of_texts(
     return [
         torch.tensor(
             [TEXT_METRICS[name](text, row.answers) for text, row in zip(texts, rows, strict=True)],
-            device=engine.device,
+            dtype=torch.float64,
         )
         for name in metrics
     ]

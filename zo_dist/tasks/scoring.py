@@ -98,10 +98,11 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def option_accuracy(scores: Tensor, batch: Batch) -> Tensor:
     """Is the best-scored option of each row a right one: [R] float32. scores [R, O] from `option_scores`."""
-    best = scores.argmax(1, keepdim=True)
+    best = scores.argmax(1)
+    right: Tensor = best == batch["label"]
     if "option_right" in batch:
-        return batch["option_right"].gather(1, best)[:, 0].float()
-    return (best[:, 0] == batch["label"]).float()
+        right = batch["option_right"].gather(1, best[:, None])[:, 0]
+    return right.float()
 
 
 def accuracy_score(model: nn.Module, batch: Batch) -> Tensor:
