@@ -106,7 +106,7 @@ class Run:
         engine = select(self.prepared.model)
         score = evaluate(engine, data.test, micro_rows=64, pad_id=data.pad_id, fast=data.fast)
         record = {"method": self.method, "seed": self.seed, "step": self.steps, "seconds": self.seconds}
-        record.update(accuracy=score.accuracy, loss=score.loss)
+        record.update(score.metrics, loss=score.loss)
         self.records.append(record)
         print(json.dumps(record), flush=True)
 

@@ -115,9 +115,10 @@ def test_charts_hold_what_the_files_hold(runs: dict[str, Path]) -> None:
     assert lines["steps"].y == pytest.approx([e["loss"] for e in steps], rel=1e-12)
     assert lines["steps"].seconds == [e["seconds"] for e in steps]
     for key, times in (("loss", 1.0), ("accuracy", 100.0)):
+        of_key = chart(charts, "loss" if key == "loss" else "metrics")
         for split in ("validation", "test"):
             evals = [e for e in metrics if e["event"] == "eval" and e["split"] == split]
-            (line,) = (m for m in chart(charts, key).marks if isinstance(m, Line) and m.name.endswith(split))
+            (line,) = (m for m in of_key.marks if isinstance(m, Line) and m.name.endswith(split))
             assert (line.x, line.y) == ([e["step"] for e in evals], [times * e[key] for e in evals])
     (bars,) = (m for m in chart(charts, "draws").marks if isinstance(m, Bars))
     drawn = [sum(e["drawn"][arm] for e in steps) for arm in range(len(run.arms))]

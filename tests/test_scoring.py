@@ -21,10 +21,11 @@ from transformers import (
 
 from zo_dist.tasks import (
     EncodedRow,
-    accuracy_and_loss,
     causal_lm_loss,
     choice_loss,
     collate,
+    evaluation_loss,
+    option_accuracy,
     option_nll_loss,
     option_scores,
     scoring,
@@ -285,9 +286,19 @@ def test_bad_numbers_stay_visible() -> None:
     assert choice_loss(Broken(), batch).isnan().all()
 
 
-def test_accuracy_and_loss() -> None:
+def test_accuracy_and_loss_of_an_evaluation() -> None:
     scores = torch.tensor([[2.0, 0.0, -torch.inf], [0.0, 1.0, 3.0]])
-    correct, loss = accuracy_and_loss(scores, torch.tensor([0, 1]))
-    assert correct.tolist() == [1.0, 0.0]
+    batch = {"label": torch.tensor([0, 1])}
+    assert option_accuracy(scores, batch).tolist() == [1.0, 0.0]
     want = [torch.log1p(torch.tensor(-2.0).exp()), -torch.tensor([0.0, 1, 3]).log_softmax(0)[1]]
-    torch.testing.assert_close(loss, torch.stack(want))
+    torch.testing.assert_close(evaluation_loss(scores, batch), torch.stack(want))
+    # ReCoRD: any of several right options counts, the first is trained on.
+    batch["option_right"] = torch.tensor([[True, False, False], [False, True, True]])
+    assert option_accuracy(scores, batch).tolist() == [1.0, 1.0]
+
+
+def test_the_loss_of_a_single_option_is_that_of_its_tokens(model: nn.Module) -> None:
+    rows = [EncodedRow(row.sequences[:1], row.option_lengths[:1], 0) for row in ROWS]
+    batch = collate(rows, 0, fast=False)
+    want = torch.tensor([-plain_scores(model, row)[0] for row in rows])
+    torch.testing.assert_close(evaluation_loss(option_scores(model, batch), batch), want, **CLOSE)

@@ -18,7 +18,10 @@ from zo_dist.tasks import (
     EncodedRow,
     Example,
     collate,
+    collate_prompts,
     encode,
+    exact_match,
+    f1,
     get_task,
     load_rows,
     load_splits,
@@ -37,6 +40,36 @@ ROWS: dict[str, dict[str, Any]] = {
         "choice2": "I dropped a hammer.",
         "label": 1,
     },
+    "rte": {"premise": "Ann ate.", "hypothesis": "Ann is full.", "label": 1},
+    "cb": {"premise": "Ann thinks so.", "hypothesis": "it is so", "label": 2},
+    "wsc": {"text": "Ann hit Bob. He cried.", "span1_text": "Bob", "span2_text": "He", "label": 1},
+    "wic": {"word": "bank", "sentence1": "The bank is wet.", "sentence2": "A bank pays.", "label": 0},
+    "multirc": {"paragraph": "Ann ran.", "question": "Who ran?", "answer": "Ann", "label": 1},
+    "record": {
+        "passage": "Ann met Bob in Rome.\n@highlight\nThey ate.\n@highlight\nThey left.",
+        "query": "The meal of @placeholder was good, says Eve.",
+        "entities": ["Ann", "Bob", "Rome"],
+        "answers": ["Bob", "Ann"],
+    },
+    "squad": {
+        "title": "Rome",
+        "context": "Rome was founded in 753 BC.",
+        "question": " When was Rome founded? ",
+        "answers": {"text": ["753 BC", "in 753 BC"], "answer_start": [20, 17]},
+    },
+    "drop": {
+        "passage": "Ann ran 3 miles, Bob 5.",
+        "question": " How far did Bob run?",
+        "answers_spans": {"spans": ["5", "5 miles"], "types": ["number", "span"]},
+    },
+    "qasc": {"input": "Fact: Ice melts. \nQuestion: What melts?", "target": ["ice.", "the ice"]},
+    "instruct": {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello!"},
+        ]
+    },
     "siqa": {
         "context": "Sam fell.",
         "question": "How does Sam feel?",
@@ -48,7 +81,52 @@ ROWS: dict[str, dict[str, Any]] = {
     "piqa": {"goal": "Cut bread.", "sol1": "Use a knife.", "sol2": "Use a spoon.", "label": 0},
 }
 
+# What MeZO's templates give for these rows (princeton-nlp/MeZO, large_models/templates.py), written out.
 EXAMPLES = {
+    "rte": Example('Ann ate.\nDoes this mean that "Ann is full." is true? Yes or No?\n', ("Yes", "No"), 1),
+    "cb": Example(
+        'Suppose Ann thinks so. Can we infer that "it is so"? Yes, No, or Maybe?\n', ("Yes", "No", "Maybe"), 2
+    ),
+    "wsc": Example(
+        'Ann hit Bob. He cried.\nIn the previous sentence, does the pronoun "he" refer to Bob? Yes or No?\n',
+        ("No", "Yes"),
+        1,
+    ),
+    "wic": Example(
+        'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
+        "The bank is wet.\nA bank pays.\n",
+        ("No", "Yes"),
+        0,
+    ),
+    "multirc": Example(
+        'Ann ran.\nQuestion: Who ran?\nI found this answer "Ann". Is that correct? Yes or No?\n',
+        ("No", "Yes"),
+        1,
+    ),
+    "record": Example(
+        "Ann met Bob in Rome.\n- They ate.\n- They left.\n-",
+        (
+            " The meal of Ann was good, says Eve.",
+            " The meal of Bob was good, says Eve.",
+            " The meal of Rome was good, says Eve.",
+        ),
+        1,
+        also_right=(0,),
+    ),
+    "squad": Example(
+        "Title: Rome\nContext: Rome was founded in 753 BC.\nQuestion: When was Rome founded?\nAnswer:",
+        (" 753 BC\n",),
+        answers=("753 BC", "in 753 BC"),
+    ),
+    "drop": Example(
+        "Passage: Ann ran 3 miles, Bob 5.\nQuestion: How far did Bob run?\nAnswer:",
+        (" 5\n",),
+        answers=("5", "5 miles"),
+    ),
+    "qasc": Example(
+        "Fact: Ice melts. \nQuestion: What melts?\nAnswer:", (" ice.\n",), answers=("ice.", "the ice")
+    ),
+    "instruct": Example(tuple(ROWS["instruct"]["messages"][:2]), ("Hello!",)),
     "sst2": Example("a fine film It was", (" terrible", " great"), 1),
     "boolq": Example("Water is wet. Is water wet?\n", ("Yes", "No"), 0),
     "copa": Example(
@@ -109,7 +187,97 @@ def test_every_missing_field_is_named_with_its_row(name: str) -> None:
             TASKS[name].example(row, "row 7 of x")
 
 
-@pytest.mark.parametrize("name", TASKS)
+def test_tasks_are_trained_and_measured_as_in_mezo() -> None:
+    """mezo.sh: train_as_classification but for four; run.py: accuracy, or F1 of a line of text."""
+    options, generated = ("accuracy",), ("f1", "em")
+    trained = {name: (task.loss, task.metrics, task.stop) for name, task in TASKS.items()}
+    for name in ("sst2", "rte", "cb", "boolq", "wsc", "wic", "multirc"):
+        assert trained[name] == ("choice", options, None), name
+    for name in ("copa", "record"):
+        assert trained[name] == ("option_nll", options, None), name
+    for name in ("squad", "drop"):
+        assert trained[name] == ("option_nll", generated, "\n"), name
+    assert trained["instruct"] == ("option_nll", (), None)
+
+
+def test_the_documentation_has_every_task() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    table = {row[0].strip("`"): row[2:] for row in rows if len(row) == 5}
+    for name, task in TASKS.items():
+        metrics = ", ".join(task.metrics) or "none: the loss alone"
+        source = f"`{task.source}`" if task.source else "none"
+        assert table[name] == [source, task.loss, metrics]
+
+
+BAD_ROWS = {
+    "record": [
+        ({"answers": ["Eve"]}, "'Eve', which is none of the entities"),
+        ({"entities": "Ann"}, "entities is 'Ann', not a list"),
+    ],
+    "squad": [
+        ({"answers": {"text": []}}, r"answers.text is \[\], not a list of at least one string"),
+        ({"answers": ["753"]}, "answers.text is None"),
+    ],
+    "drop": [({"answers_spans": {"spans": [5]}}, r"spans is \[5\], not a list of strings")],
+    "instruct": [
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "must end with one of the role assistant"),
+        ({"messages": [{"role": "user"}]}, "needs a role and a content"),
+        ({"messages": []}, "not a list with anything in it"),
+        ({"messages": None, "prompt": "Hi"}, "completion is missing"),
+        ({"messages": None, "instruction": "Go", "input": ""}, "output is missing"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"), [(n, *bad) for n, all_ in BAD_ROWS.items() for bad in all_]
+)
+def test_bad_rows_say_what_is_wrong(name: str, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"task '{name}', row 7: .*{words}"):
+        TASKS[name].example(ROWS[name] | change, "row 7")
+
+
+def test_instructions_in_other_forms() -> None:
+    read = TASKS["instruct"].read
+    assert read({"prompt": "1 + 1 =", "completion": " 2"}) == Example("1 + 1 =", (" 2",))
+    row = {"instruction": "Add.", "input": "1 and 1", "output": "2"}
+    assert read(row) == Example(({"role": "user", "content": "Add.\n\n1 and 1"},), ("2",))
+    assert read(row | {"input": ""}).prompt == ({"role": "user", "content": "Add."},)
+
+
+def test_rows_of_hidden_test_sets_have_no_answer() -> None:
+    hidden = {
+        "record": {"answers": []},
+        "squad": {"answers": {"text": [], "answer_start": []}},
+        "rte": {"label": -1},
+    }
+    for name, change in hidden.items():
+        assert TASKS[name].is_labelled(ROWS[name])
+        assert not TASKS[name].is_labelled(ROWS[name] | change)
+
+
+# By hand from SQuAD's rule: lower case, no punctuation, no articles, then words in common.
+@pytest.mark.parametrize(
+    ("text", "answers", "want_f1", "want_em"),
+    [
+        ("The U.S.!", ["us"], 1.0, 1),
+        ("a  cat, an owl", ["the cat owl"], 1.0, 1),
+        ("in 753 BC", ["753 BC"], 0.8, 0),  # precision 2/3, recall 1
+        ("in 753 BC", ["Rome", "in 753 BC."], 1.0, 1),  # the best of several
+        ("red red blue", ["red green"], 0.4, 0),  # one "red" is shared: 1/3 and 1/2
+        ("theatre", ["the atre"], 0.0, 0),  # articles are whole words
+        ("", ["x"], 0.0, 0),
+        ("the", ["a"], 0.0, 1),  # nothing left of either: as in SQuAD's script, F1 0 and EM 1
+        ("x", [], 0.0, 0),
+    ],
+)
+def test_f1_and_exact_match(text: str, answers: list[str], want_f1: float, want_em: float) -> None:
+    assert f1(text, answers) == pytest.approx(want_f1, abs=1e-12)
+    assert exact_match(text, answers) == want_em
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if "label" in task.label_fields])
 @pytest.mark.parametrize("bad", [-1, 9, "maybe", 0.5])
 def test_bad_labels_name_row_value_and_legal_ones(name: str, bad: object) -> None:
     row = ROWS[name] | {TASKS[name].label_fields[0]: bad}
@@ -133,7 +301,7 @@ def test_copa_rejects_an_unknown_question_and_text_must_be_text() -> None:
 
 
 def test_unknown_task_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"'sst_2'; did you mean 'sst2'.*legal tasks: sst2, boolq"):
+    with pytest.raises(ValueError, match=r"'sst_2'; did you mean 'sst2'.*legal tasks: sst2, rte"):
         get_task("sst_2")
 
 
@@ -223,6 +391,11 @@ def test_local_files_of_every_kind(tmp_path: Path) -> None:
         splits = load_rows(str(tmp_path / f"a.{ending}"))
         assert list(splits) == ["train"]
         assert [splits["train"][i] for i in range(2)] == rows, ending
+    (tmp_path / "b.json").write_text(json.dumps({"name": "b", "rows": rows}))
+    splits = load_rows(f"{tmp_path / 'b.json'}:rows")
+    assert [splits["train"][i] for i in range(2)] == rows
+    with pytest.raises(ValueError, match="names a key, 'rows', but only a JSON file has keys"):
+        load_rows(f"{tmp_path / 'a.csv'}:rows")
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match=r"ends in '.txt'; readable endings: .json, .jsonl, .csv"):
         load_rows(str(tmp_path / "a.txt"))
@@ -329,6 +502,42 @@ def test_options_that_do_not_fit_or_are_empty() -> None:
     assert encode([], tokenizer, 9) == ([], 0)
 
 
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+
+def test_messages_go_through_the_chat_template() -> None:
+    tokenizer = make_tokenizer("<s>")
+    with pytest.raises(ValueError, match=r"example 0: no chat template .*chat_template is not set"):
+        encode([EXAMPLES["instruct"]], tokenizer, 100)
+    tokenizer.chat_template = TEMPLATE
+    (row,), num_truncated = encode([EXAMPLES["instruct"]], tokenizer, 100)
+    assert num_truncated == 0
+    # The template has its own BOS; the answer ends with its mark of the end, and nothing after that.
+    prompt = "<s>system:Be brief.</s>\n<s>user:Hi</s>\n<s>assistant:"
+    whole = tokenizer(prompt + "Hello!</s>", add_special_tokens=False)["input_ids"]
+    assert list(row.sequences[0]) == whole
+    assert row.sequences[0][-row.option_lengths[0] :] == (*tokenizer.encode("Hello!")[1:], 2)
+    tokenizer.chat_template = TEMPLATE.replace("<s>assistant:", "<s>assistant: <think>")
+    with pytest.raises(ValueError, match="where the answer begins is not known"):
+        encode([EXAMPLES["instruct"]], tokenizer, 100)
+
+
+def test_prompts_of_generated_texts_leave_room_for_them() -> None:
+    tokenizer = make_tokenizer("<s>")
+    example = Example("a long story It was", (" great",), answers=("great",))
+    (row,), _ = encode([example], tokenizer, 100, 50)
+    assert list(row.prompt) == tokenizer.encode(example.prompt)
+    (row,), _ = encode([example], tokenizer, 8, 4)
+    assert list(row.prompt) == [1, *tokenizer.encode(example.prompt)[-3:]]
+    batch = collate_prompts([row, EncodedRow(((5, 6),), (1,), 0, answers=("x", "y"), prompt=(5,))], 0)
+    assert batch["input_ids"].tolist()[1] == [0, 0, 0, 5]
+    assert batch["attention_mask"].sum(1).tolist() == [4, 1]
+    assert batch["answers"] == [("great",), ("x", "y")]
+
+
 def test_single_token() -> None:
     sst2 = encode([EXAMPLES["sst2"]] * 2, make_tokenizer(), 64)[0]
     copa = encode([EXAMPLES["copa"]], make_tokenizer(), 64)[0]
@@ -338,6 +547,9 @@ def test_single_token() -> None:
     # One token each, and yet the prompt's tokens depend on the option that follows.
     assert not single_token([EncodedRow(((5, 6), (7, 8)), (1, 1), 0)])
     assert not single_token([*sst2, EncodedRow(((5, 6),), (1,), 0)])
+    # Their scores are log-probabilities, not logits: see `evaluation_loss`; and several right options.
+    assert not single_token([EncodedRow(((5, 6),), (1,), 0)])
+    assert not single_token([EncodedRow(((5, 6), (5, 7)), (1, 1), 0, also_right=(1,))])
     with pytest.raises(ValueError, match="single_token"):
         collate(copa, 0, fast=True)
 
@@ -360,7 +572,7 @@ def test_fast_batch() -> None:
 def test_general_batch() -> None:
     rows = [
         EncodedRow(((1, 2, 3), (1, 4), (1, 5, 6, 7)), (2, 1, 2), 2),
-        EncodedRow(((8, 9), (8, 10, 11)), (1, 2), 0),
+        EncodedRow(((8, 9), (8, 10, 11)), (1, 2), 0, also_right=(1,)),
     ]
     batch = collate(rows, pad_id=0, fast=False)
     assert batch["input_ids"].tolist() == [
@@ -374,6 +586,7 @@ def test_general_batch() -> None:
     ]
     assert batch["option_valid"].tolist() == [[True] * 3, [True, True, False]]
     assert batch["label"].tolist() == [2, 0]
+    assert batch["option_right"].tolist() == [[False, False, True], [True, True, False]]
     assert collate(rows, 0, fast=False, pad_to_multiple=8)["input_ids"].shape == (2, 3, 8)
 
 

@@ -11,11 +11,13 @@ from zo_dist.fitted import FittedAdaLeZO
 from zo_dist.flipout import Flipout
 from zo_dist.lowrank import LowRank
 from zo_dist.mask import SmallWeights
+from zo_dist.objective import Objective
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
 from zo_dist.rules import SGD, Adam, Momentum, Sign
 from zo_dist.samplers import AdaLeZO, Dense, Uniform
 from zo_dist.scale import LearnedScale, RunningScale
 from zo_dist.selfcheck import SelfCheckError
+from zo_dist.tasks.generation import TextGenerator, TextScore
 from zo_dist.tasks.scoring import causal_lm_loss, choice_loss
 from zo_dist.trajectory import StepRecord, TrajectoryError, TrajectoryReader, TrajectoryWriter
 
@@ -36,6 +38,7 @@ __all__ = [
     "LowRank",
     "Momentum",
     "NonFiniteLossError",
+    "Objective",
     "OneSided",
     "Raw",
     "RootMeanSquare",
@@ -46,6 +49,8 @@ __all__ = [
     "SmallWeights",
     "Standardise",
     "StepRecord",
+    "TextGenerator",
+    "TextScore",
     "ThreeSided",
     "TrajectoryError",
     "TrajectoryReader",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zo_dist.tasks import EncodedRow, collate
+from zo_dist.tasks import EncodedRow, collate, collate_prompts
 
 
 class StepBatches:
@@ -19,7 +20,7 @@ class StepBatches:
     number of ranks; rank k of N gets those from `k * R // N` to `(k + 1) * R // N`, cut into
     micro-batches of at most `micro_rows`. With `length_pool` above 1, shuffled rows are taken that
     many batches at a time, sorted by length, cut into batches, and the batches shuffled again: less
-    padding, and still every row once per epoch.
+    padding, and still every row once per epoch. `prompts`: batches for texts to be generated.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class StepBatches:
         pad_id: int,
         fast: bool,
         device: torch.device,
+        prompts: bool = False,
     ) -> None:
         if len(rows) < rows_per_step:
             raise ValueError(f"{rows_per_step} rows per step, but there are only {len(rows)} training rows")
@@ -46,10 +48,10 @@ class StepBatches:
         )
         self._first, self._stop = (k * rows_per_step // num_ranks for k in (rank, rank + 1))
         self._micro_rows = micro_rows or rows_per_step
-        self._pad_id, self._fast, self._device = pad_id, fast, device
+        self._pad_id, self._fast, self._device, self._prompts = pad_id, fast, device, prompts
         self._epoch, self._order = -1, list[list[int]]()
 
-    def __getitem__(self, step: int) -> list[dict[str, Tensor]]:
+    def __getitem__(self, step: int) -> list[dict[str, Any]]:
         """This rank's micro-batches of one step; a rank without rows gets one batch of none."""
         per_epoch = len(self._rows) // self._rows_per_step
         if step // per_epoch != self._epoch:
@@ -82,7 +84,9 @@ class StepBatches:
                 generator.shuffle(batch)
         return batches
 
-    def _collate(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
+    def _collate(self, rows: Sequence[EncodedRow]) -> dict[str, Any]:
+        if self._prompts:
+            return to_device(collate_prompts(rows, self._pad_id), self._device)
         return to_device(collate(rows, self._pad_id, fast=self._fast), self._device)
 
 
@@ -91,5 +95,9 @@ def row_length(row: EncodedRow) -> int:
     return max(len(sequence) for sequence in row.sequences)
 
 
-def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }

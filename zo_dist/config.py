@@ -69,23 +69,26 @@ class ModelConfig:
 class DataConfig:
     """Which rows, and how they are cut into splits and batches.
 
-    `source`: a hub id (`nyu-mll/glue:sst2`), a local file or folder, or an offline package.
+    `source`: a hub id (`nyu-mll/glue:sst2`), a local file or folder, or an offline package; null for the
+    task's published data set.
     `train`, `validation`, `test`: rows of each split. `max_length`: tokens of prompt and answer;
-    null, or more than the model allows, means as many as the model allows. `length_pool`: batches
+    null, or more than the model allows, means as many as the model allows. `max_new_tokens`: the most of a
+    text that is generated, which is only for tasks that have such. `length_pool`: batches
     are made of rows of similar length out of this many shuffled batches; 1 shuffles only.
     """
 
     task: str
-    source: str
+    source: str | None = None
     train: int = 1000
     validation: int = 500
     test: int = 1000
     max_length: int | None = None
+    max_new_tokens: int = 50
     length_pool: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "train", "test", "length_pool")
+        _at_least(self, 1, "train", "test", "max_new_tokens", "length_pool")
         _at_least(self, 0, "validation", "seed")
         if self.max_length is not None:
             _at_least(self, 2, "max_length")
@@ -192,13 +195,16 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop around the step.
 
+    `objective`: what a step lowers. `loss` is the task's own; any other is one less that metric of each row,
+    without a slope of its own: `accuracy` for tasks of options; `f1` or `em` (exact match) of the text that
+    the model generates, for tasks that have one. `best` is then what has the best of that metric.
     `rows`: per step, over all ranks. `anchor_rows`: per anchor step, of which there are some if
     `optimizer.anchor` is set; null for as many. `micro_rows`: the most rows of one forward on one rank (each
     of them runs once per side of its direction); null does not cut. `final_fraction`: what
     share of `lr` the schedule ends at. `eval_every`: steps between evaluations on the first
     `eval_rows` validation rows, 0 for none; `eval_micro_rows`: rows of one forward there.
-    `save_best`: keep the weights with the lowest validation loss too. `max_seconds`: stop after
-    the step during which this much training time has passed. `sync_every`: steps after which the log
+    `save_best`: keep the weights with the lowest objective on the validation rows too. `max_seconds`: stop
+    after the step during which this much training time has passed. `sync_every`: steps after which the log
     of the run, trajectory.zo, is forced to the disk; 0 leaves that to the system. (A killed process
     loses no step that was logged; a machine that fails may lose the steps not forced to its disk.)
     `existing`: what becomes of a run that `output` holds already: `resume` goes on after its last step,
@@ -208,6 +214,7 @@ class TrainConfig:
     """
 
     steps: int
+    objective: Literal["loss", "accuracy", "f1", "em"] = "loss"
     rows: int = 16
     anchor_rows: int | None = None
     micro_rows: int | None = None

@@ -8,21 +8,26 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from zo_dist.config import DataConfig
-from zo_dist.tasks import EncodedRow, encode, get_task, load_splits, single_token
+from zo_dist.tasks import EncodedRow, Task, TextGenerator, encode, get_task, load_splits, single_token
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunData:
-    """The rows of a run. `fast`: which form `collate` gives them. `truncated`: rows cut short."""
+    """The rows of a run. `fast`: which form `collate` gives them. `truncated`: rows cut short.
 
+    `generate`: what writes the answers of the task; None where it has options.
+    """
+
+    task: Task
     train: list[EncodedRow]
     validation: list[EncodedRow]
     test: list[EncodedRow]
     truncated: int
     fast: bool
     pad_id: int
+    generate: TextGenerator | None
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> RunData:
@@ -30,22 +35,32 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, longest: i
 
     ValueError for a source, a task, or a row that cannot be read.
     """
+    task = get_task(config.task)
+    source = config.source or task.source
+    if source is None:
+        raise ValueError(f"data.source is null, but there is no published data set of the task {task.name!r}")
     try:
         splits = load_splits(
-            get_task(config.task),
-            config.source,
+            task,
+            source,
             train=config.train,
             validation=config.validation,
             test=config.test,
             seed=config.seed,
         )
     except StopIteration:  # from the datasets library, for a file without a line
-        raise ValueError(f"data.source {config.source} holds no row; it must have some") from None
+        raise ValueError(f"data.source {source} holds no row; it must have some") from None
     limits = [limit for limit in (config.max_length, longest) if limit is not None]
     max_length = min(limits) if limits else 2**31
-    train, cut_train = encode(splits.train, tokenizer, max_length)
-    validation, cut_validation = encode(splits.validation, tokenizer, max_length)
-    test, cut_test = encode(splits.test, tokenizer, max_length)
+    if task.generates and config.max_new_tokens >= max_length:
+        raise ValueError(
+            f"data.max_new_tokens is {config.max_new_tokens}; it must be below the {max_length} tokens of "
+            "prompt and answer (data.max_length, or the model's own limit)"
+        )
+    lengths = max_length, config.max_new_tokens
+    train, cut_train = encode(splits.train, tokenizer, *lengths)
+    validation, cut_validation = encode(splits.validation, tokenizer, *lengths)
+    test, cut_test = encode(splits.test, tokenizer, *lengths)
     truncated = cut_train + cut_validation + cut_test
     total = len(train) + len(validation) + len(test)
     log.log(
@@ -55,6 +70,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, longest: i
     )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return RunData(
+        task=task,
         train=train,
         validation=validation,
         test=test,
@@ -62,4 +78,5 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, longest: i
         fast=single_token(train + validation + test),
         # Masked, so that which token it is does not matter.
         pad_id=int(pad_id or 0),
+        generate=TextGenerator(tokenizer, config.max_new_tokens, task.stop) if task.generates else None,
     )

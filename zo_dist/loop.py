@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -17,15 +18,41 @@ from zo_dist.data import RunData
 from zo_dist.engines import Engine
 from zo_dist.evaluate import Score, evaluate
 from zo_dist.memory import peaks
+from zo_dist.objective import Objective
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.probes import RowLoss
 from zo_dist.resume import SNAPSHOTS, Append, Earlier, Interrupted, StopRequests
 from zo_dist.runlog import RunLog
 from zo_dist.schedule import make_scheduler
 from zo_dist.snapshot import PendingSnapshot
-from zo_dist.tasks import EncodedRow, choice_loss, get_task, option_nll_loss
+from zo_dist.tasks import (
+    TEXT_METRICS,
+    EncodedRow,
+    Task,
+    TextScore,
+    accuracy_score,
+    choice_loss,
+    option_nll_loss,
+)
 
 ROW_LOSSES: dict[str, RowLoss] = {"choice": choice_loss, "option_nll": option_nll_loss}
+
+
+def require_objective(objective: str, task: Task) -> None:
+    """ValueError unless the task has what is to be lowered."""
+    if objective not in ("loss", *task.metrics):
+        legal = ", ".join(("loss", *task.metrics))
+        raise ValueError(f"train.objective is {objective}; for the task {task.name!r} it may be {legal}")
+
+
+def build_row_loss(config: Config, data: RunData) -> RowLoss:
+    """The loss of each row that a step lowers, as `train.objective` says."""
+    of_task, objective = ROW_LOSSES[data.task.loss], config.train.objective
+    if objective == "loss":
+        return of_task
+    if data.generate is None:
+        return Objective(accuracy_score, check=of_task)
+    return Objective(TextScore(data.generate, TEXT_METRICS[objective]))
 
 
 def build_batches(config: Config, data: RunData, engine: Engine, rows: int | None = None) -> StepBatches:
@@ -44,11 +71,26 @@ def build_batches(config: Config, data: RunData, engine: Engine, rows: int | Non
         pad_id=data.pad_id,
         fast=data.fast,
         device=engine.device,
+        prompts=config.train.objective in TEXT_METRICS,
     )
 
 
 def score(config: Config, engine: Engine, data: RunData, rows: list[EncodedRow]) -> Score:
-    return evaluate(engine, rows, micro_rows=config.train.eval_micro_rows, pad_id=data.pad_id, fast=data.fast)
+    return evaluate(
+        engine,
+        rows,
+        micro_rows=config.train.eval_micro_rows,
+        pad_id=data.pad_id,
+        fast=data.fast,
+        metrics=data.task.metrics,
+        generate=data.generate,
+    )
+
+
+def score_of(event: dict[str, Any], task: Task) -> Score:
+    """What an `eval` in metrics.jsonl says."""
+    loss = math.nan if event["loss"] is None else event["loss"]
+    return Score({name: event[name] for name in task.metrics}, loss)
 
 
 class Loop:
@@ -68,10 +110,11 @@ class Loop:
         self._config, self._optimizer, self._data, self._tokenizer = config, optimizer, data, tokenizer
         self._log, self._append, self._stop = run_log, append, stop
         evals = earlier.evals("validation") if earlier else []
-        # The loss of other rows is no measure for these.
+        # The score of other rows is no measure for these.
         rows = len(data.validation[: config.train.eval_rows])
-        losses = [e["loss"] for e in evals if e["loss"] is not None and e["rows"] == rows]
-        self._best = min(losses, default=math.inf)
+        scores = [score_of(e, data.task) for e in evals if e["loss"] is not None and e["rows"] == rows]
+        self._best = min((s.objective(config.train.objective) for s in scores), default=math.inf)
+        self._row_loss = build_row_loss(config, data)
         self._evaluated = {e["step"] for e in evals}
         self._seconds_before = earlier.seconds if earlier else 0.0
         self._batches = build_batches(config, data, optimizer.engine)
@@ -81,9 +124,8 @@ class Loop:
     def run(self) -> float:
         """The steps that are left, or as many as `max_seconds` has room for; returns the seconds of all."""
         settings, optimizer = self._config.train, self._optimizer
-        row_loss = ROW_LOSSES[get_task(self._config.data.task).loss]
         done = optimizer.step_count
-        optimizer.prepare(self._batches[done][0], row_loss)
+        optimizer.prepare(self._batches[done][0], self._row_loss)
         self._start = time.perf_counter()
         optimizer.clock.read()
         over = done >= settings.steps or self._is_over(self._seconds_before)
@@ -91,7 +133,7 @@ class Loop:
             # An earlier process may have been stopped between a step and its evaluation.
             if done and self._evaluates(done, over) and done not in self._evaluated:
                 self._validate(done)
-            self._take_steps(row_loss, done + 1, done if over else settings.steps)
+            self._take_steps(done + 1, done if over else settings.steps)
             self._finish_snapshot()
         except Interrupted:
             self._finish_snapshot()
@@ -102,15 +144,15 @@ class Loop:
                 self._snapshot.wait()
         return self._seconds()
 
-    def _take_steps(self, row_loss: RowLoss, first: int, last: int) -> None:
+    def _take_steps(self, first: int, last: int) -> None:
         settings, optimizer = self._config.train, self._optimizer
         engine = optimizer.engine
         scheduler = make_scheduler(optimizer, settings, first - 1)
-        accuracy = ""
+        validation = ""
         for step in range(first, last + 1):
             with optimizer.clock.on("data"):
                 rows = self._rows_of(step - 1)
-            loss = optimizer.step_batch(rows, row_loss)
+            loss = optimizer.step_batch(rows, self._row_loss)
             scheduler.step()
             ends, requested, written, memory = self._agree(step)
             with engine.jointly():
@@ -121,7 +163,7 @@ class Loop:
             if written:
                 self._finish_snapshot()
             if self._evaluates(step, ends):
-                accuracy = f"{self._validate(step).accuracy:.4f}"
+                validation = str(self._validate(step))
             if engine.has_copies and settings.verify_every and step % settings.verify_every == 0:
                 engine.fingerprints(optimizer.params)
             if settings.snapshot_every and step % settings.snapshot_every == 0:
@@ -129,11 +171,11 @@ class Loop:
                 folder = Path(settings.output) / SNAPSHOTS
                 with optimizer.clock.on("save"):
                     self._snapshot = PendingSnapshot(optimizer, folder, settings.keep_snapshots)
-            self._log.advance(loss=f"{loss:.4f}", validation=accuracy)
+            self._log.advance(loss=f"{loss:.4f}", validation=validation)
             if ends:
                 break
 
-    def _rows_of(self, number: int) -> list[dict[str, Tensor]]:
+    def _rows_of(self, number: int) -> list[dict[str, Any]]:
         """What this rank runs in step `number`, from 0. Anchor steps go through the rows by themselves."""
         anchor = self._optimizer.anchor
         return self._anchor_batches[number // anchor.every] if anchor.due(number) else self._batches[number]
@@ -196,9 +238,10 @@ class Loop:
         with self._optimizer.clock.on("evaluate"):
             result = score(self._config, engine, data, rows)
         # First the weights: a process that is killed or stopped here evaluates again.
-        if self._config.train.save_best and result.loss < self._best:
+        objective = result.objective(self._config.train.objective)
+        if self._config.train.save_best and objective < self._best:
             self._stop.heed(step)
-            self._best = result.loss
+            self._best = objective
             with self._optimizer.clock.on("save"):
                 save_model(engine, Path(self._config.train.output) / "best", self._tokenizer)
         with engine.jointly():

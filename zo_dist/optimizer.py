@@ -18,6 +18,7 @@ from zo_dist.engines import select
 from zo_dist.estimators import Estimator, ThreeSided, TwoSided
 from zo_dist.laws import Law
 from zo_dist.mask import Mask, SmallWeights
+from zo_dist.objective import Objective
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
 from zo_dist.parts import Shifts
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
@@ -179,11 +180,12 @@ class ZeroOrder(Stateful):
     def step_batch(self, batch: Batch | Sequence[Batch], row_loss: RowLoss) -> float:
         """One step on this rank's rows: one stacked forward for all probes of a micro-batch.
 
-        `batch`: a mapping whose tensors have rows along dim 0, or a list of such micro-batches
-        (the same directions, one update). `row_loss(model, batch)` returns one loss per row, or the
-        pair (sums, weights) per row. Rows are counted over ranks in rank order, and those of R that have
-        the same floor(r * directions / directions_per_row / R) test the same `directions_per_row`
-        directions, each on `sides` copies of its own. Returns the mean loss as `step` does.
+        `batch`: a mapping whose tensors have rows along dim 0 (and whose lists have an entry for each), or a
+        list of such micro-batches (the same directions, one update). `row_loss(model, batch)` returns one
+        loss per row, or the pair (sums, weights) per row; an `Objective` makes one of any score. Rows are
+        counted over ranks in rank order, and those of R that have the same
+        floor(r * directions / directions_per_row / R) test the same `directions_per_row` directions, each on
+        `sides` copies of its own. Returns the mean loss as `step` does.
         """
         batches = [batch] if not isinstance(batch, Sequence) else list(batch)
         first, total, num_forwards = count_rows(
@@ -340,11 +342,14 @@ class ZeroOrder(Stateful):
     def prepare(self, batch: Batch, row_loss: RowLoss) -> None:
         """The start-up check and the compilation of the noise, which the first step else begins with.
 
+        The check is by `row_loss`, or by the `check` of an `Objective`.
         Every rank must call it, if any does. Raises SelfCheckError (see `selfcheck`) on every rank.
         """
 
+        smooth = row_loss.check if isinstance(row_loss, Objective) else row_loss
+
         def evaluate(rows: int) -> Tensor:
-            out = row_loss(self.engine.module, first_row(batch, rows))
+            out = smooth(self.engine.module, first_row(batch, rows))
             return out[0] if isinstance(out, tuple) else out
 
         self._prepare(evaluate, stacks=True)

@@ -18,7 +18,9 @@ from torch.utils import _pytree as pytree
 
 
 class PrefixUnsafeError(RuntimeError):
-    """The model runs a drawn module before the layers, or its layers do not take rows along dim 0."""
+    """The model runs a drawn module before the layers, its layers do not take rows along dim 0, or they
+    remember rows from one forward to the next (a KV cache).
+    """
 
 
 @contextmanager
@@ -53,7 +55,7 @@ class SharedPrefix:
         first = holds.index(True) if True in holds else len(layers) - 1
         self._layers = layers[: first + 1] if first > 0 else []
         self._pieces: Sequence[tuple[int, int]] = ()
-        self._waiting = False
+        self._waiting = self._shared = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -69,13 +71,13 @@ class SharedPrefix:
         self._unique = list(dict.fromkeys(pieces))
         self._num_stacked = sum(b - a for a, b in pieces)
         self._num_unique = sum(b - a for a, b in self._unique)
-        self._waiting = bool(self._layers) and self._num_unique < self._num_stacked
+        self._waiting = self._shared = bool(self._layers) and self._num_unique < self._num_stacked
         self._per_row = 0
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
         try:
             yield
         finally:
-            self._waiting = False
+            self._waiting = self._shared = False
             self._held = {}
 
     def require_stacked(self, owner: nn.Module) -> None:
@@ -86,6 +88,10 @@ class SharedPrefix:
     def _wrapped(self, forward: Callable[..., Any], last: bool) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if not self._waiting:
+                # Its first forward left each row once in it, and in this one the rows are stacked.
+                cached = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
+                if self._shared and cached:
+                    raise PrefixUnsafeError("a KV cache goes on from a forward that shared the first layers")
                 return forward(*args, **kwargs)
             leaves, spec = pytree.tree_flatten((args, kwargs))
             if not self._per_row:

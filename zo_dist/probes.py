@@ -263,10 +263,12 @@ def _per_row(out: Tensor | tuple[Tensor, Tensor], pieces: list[tuple[int, int]])
 
 
 def _stack(batch: Batch, pieces: list[tuple[int, int]]) -> dict[str, Any]:
-    """The given row ranges of every batched tensor, one after another."""
+    """The given row ranges of every batched tensor, and of every list of as many, one after another."""
     rows = num_rows(batch)
 
     def stack(value: Any) -> Any:
+        if isinstance(value, list) and len(value) == rows:
+            return [entry for a, b in pieces for entry in value[a:b]]
         if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != rows:
             return value
         return torch.cat([value[a:b] for a, b in pieces])
@@ -275,10 +277,13 @@ def _stack(batch: Batch, pieces: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def first_row(batch: Batch, times: int) -> dict[str, Any]:
-    """The batch's first row, `times` over; a batch of no rows gives rows of ones of its form."""
+    """The batch's first row, `times` over; a batch of no rows gives rows of ones (or "") of its form."""
     if num_rows(batch):
         return _stack(batch, [(0, 1)] * times)
-    return {
-        key: value.new_ones(times, *value.shape[1:]) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
+
+    def filling(value: Any) -> Any:
+        if isinstance(value, list) and not value:
+            return [""] * times
+        return value.new_ones(times, *value.shape[1:]) if isinstance(value, Tensor) else value
+
+    return {key: filling(value) for key, value in batch.items()}

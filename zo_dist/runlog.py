@@ -85,8 +85,8 @@ class RunLog:
         self.write("stop", time=_now(), error=error, reason=reason)
 
     def write_score(self, split: str, score: Score, rows: int, step: int, seconds: float) -> None:
-        """Append an `eval`: the score of the first `rows` rows of a split."""
-        values = {"accuracy": score.accuracy, "loss": score.loss}
+        """Append an `eval`: the metrics and loss of the first `rows` rows of a split."""
+        values = {**score.metrics, "loss": score.loss}
         self.write("eval", step, split=split, rows=rows, seconds=seconds, **values)
 
     def advance(self, **shown: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,10 +19,9 @@ from zo_dist.checkpoint import save_model
 from zo_dist.config import Config, EngineConfig
 from zo_dist.data import RunData, load_data
 from zo_dist.engines import Engine, on_each_node_first, select
-from zo_dist.evaluate import Score
 from zo_dist.files import write_whole
 from zo_dist.learn_scale import Learning, learn_scale, require_one_process
-from zo_dist.loop import ROW_LOSSES, Loop, build_batches, score
+from zo_dist.loop import ROW_LOSSES, Loop, build_batches, require_objective, score, score_of
 from zo_dist.models import load_model, load_tokenizer, longest_input
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.params import trainable_params
@@ -55,6 +53,8 @@ def prepare(config: Config, ranks: Engine) -> Prepared:
     ValueError on every rank if a rank's config differs, or anything cannot be fetched or read.
     """
     ranks.require_equal("the config", config.flat())
+    with ranks.jointly():
+        require_objective(config.train.objective, get_task(config.data.task))
     tokenizer, hf_config = fetched(lambda: load_tokenizer(config.model))
     longest = longest_input(hf_config)
     data = fetched(lambda: load_data(config.data, tokenizer, longest))
@@ -145,13 +145,13 @@ def _run(config: Config, ranks: Engine, prepared: Prepared, stop: StopRequests) 
         stop.heed(done)
         if earlier:
             (first,) = (event for event in earlier.evals("test") if event["step"] == 0)
-            before = Score(first["accuracy"], math.nan if first["loss"] is None else first["loss"])
+            before = score_of(first, data.task)
         else:
             before = score(config, engine, data, data.test)
             with engine.jointly():
                 run_log.write_score("test", before, len(data.test), 0, 0.0)
             stop.heed(0)
-        log.info("before training: test accuracy %.4f, loss %.4f", before.accuracy, before.loss)
+        log.info("before training, test: %s", before)
         seconds = Loop(config, optimizer, data, prepared.tokenizer, run_log, append, stop, earlier).run()
         steps = optimizer.step_count
         if config.train.save_last:
@@ -163,8 +163,10 @@ def _run(config: Config, ranks: Engine, prepared: Prepared, stop: StopRequests) 
             run_log.write_score("test", after, len(data.test), steps, seconds)
             run_log.write_stop("finished")
             run_log.close()
-        log.info("after training: test accuracy %.4f, loss %.4f", after.accuracy, after.loss)
-    result: dict[str, Any] = {"accuracy_before": before.accuracy, "accuracy_after": after.accuracy}
+        log.info("after training, test: %s", after)
+    result: dict[str, Any] = {}
+    for name in before.metrics:
+        result.update({f"{name}_before": before.metrics[name], f"{name}_after": after.metrics[name]})
     result.update(loss_before=before.loss, loss_after=after.loss, steps=steps, seconds=round(seconds, 2))
     result.update(engine=engine.name, ranks=engine.num_ranks)
     with engine.jointly():
@@ -175,11 +177,11 @@ def _run(config: Config, ranks: Engine, prepared: Prepared, stop: StopRequests) 
 
 
 def run_evaluation(config: Config, ranks: Engine) -> dict[str, Any]:
-    """Accuracy and loss of `model.source` on the test split. Every rank must call it."""
+    """The metrics and loss of `model.source` on the test split. Every rank must call it."""
     prepared = prepare(config, ranks)
     engine, data = select(prepared.model), prepared.data
     result = score(config, engine, data, data.test)
-    return {"accuracy": result.accuracy, "loss": result.loss, "rows": len(data.test)} | {
+    return {**result.metrics, "loss": result.loss, "rows": len(data.test)} | {
         "engine": engine.name,
         "ranks": engine.num_ranks,
     }
@@ -233,7 +235,7 @@ def run_learning(config: Config, learning: Learning, out: Path, ranks: Engine) -
         params,
         lambda step: batches[step][0],
         len(prepared.data.train) // config.train.rows,
-        ROW_LOSSES[get_task(config.data.task).loss],
+        ROW_LOSSES[prepared.data.task.loss],
         learning,
         config.optimizer.eps,
         config.optimizer.seed,

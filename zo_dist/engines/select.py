@@ -38,3 +38,18 @@ def select(model: nn.Module) -> Engine:
     if any(isinstance(m, FSDPModule) for m in module.modules()):
         return FSDP2Engine(module)
     return ReplicatedEngine(module)
+
+
+def forwards_in_step(module: nn.Module) -> bool:
+    """Must all ranks make equally many forwards of this module, because each takes part in the gathers?
+
+    True of FSDP2 and ZeRO-3 on several ranks. What makes forwards as long as its rows need them
+    (generation) has to keep the ranks together then.
+    """
+    from torch import distributed as dist
+    from torch.distributed.fsdp import FSDPModule
+
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    sharded = any(isinstance(m, FSDPModule) for m in module.modules())
+    return sharded or any(hasattr(p, "ds_id") for p in module.parameters())

@@ -52,7 +52,7 @@ def charts_of(runs: Sequence[History]) -> list[Chart]:
     """All charts, in the order of the page."""
     return [
         learning.loss(runs),
-        learning.accuracy(runs),
+        learning.metrics(runs),
         *(learning.probabilities(run, number) for number, run in enumerate(runs, start=1)),
         learning.draws(runs),
         learning.slopes(runs),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from zo_dist.report.chart import Bars, Chart, Heat, Line, Style, bins, mean, thinned
 from zo_dist.report.history import History
+from zo_dist.tasks import get_task
 
 # What is named in the texts: above these a chart says so.
 _LARGEST, _HALF, _COLLAPSED = 0.01, 0.5, 0.5
@@ -44,14 +45,21 @@ def loss(runs: Sequence[History]) -> Chart:
     )
 
 
-def accuracy(runs: Sequence[History]) -> Chart:
-    marks = [line for number, run in enumerate(runs) for line in _evaluations(run, number, "accuracy")]
+def metrics(runs: Sequence[History]) -> Chart:
+    """What the task counts: the share of right answers, or how well texts match. None for instructions."""
+    marks = [
+        line
+        for number, run in enumerate(runs)
+        for metric in get_task(run.config.data.task).metrics
+        for line in _evaluations(run, number, metric)
+    ]
     return Chart(
-        key="accuracy",
-        title="Accuracy",
-        y="accuracy, %",
+        key="metrics",
+        title="Metrics",
+        y="mean over rows, %",
         marks=marks,
-        shows="The share of rows that are answered right, in each evaluation.",
+        shows="Each metric of the task in each evaluation: the share of rows that are answered right, or the "
+        "mean F1 or the share of exact matches of texts.",
         worrying="differences below one standard error, 50% / sqrt(rows): of 500 rows, 2.2 points.",
     )
 
@@ -254,10 +262,10 @@ def _evaluations(run: History, number: int, key: str) -> list[Line]:
     styles: dict[str, Style] = {"validation": "points", "test": "squares"}
     for split, style in styles.items():
         evals = [e for e in run.evals(split) if e[key] is not None]
-        times = 100.0 if key == "accuracy" else 1.0
+        times = 1.0 if key == "loss" else 100.0
         lines.append(
             Line(
-                name=f"{run.name}: {split}",
+                name=f"{run.name}: {split}" if key == "loss" else f"{run.name}: {key}, {split}",
                 x=[float(e["step"]) for e in evals],
                 y=[times * e[key] for e in evals],
                 seconds=[float(e["seconds"]) for e in evals],

@@ -26,10 +26,10 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 
 def draw_run(folder: Path) -> Path:
-    """Draw loss and accuracy against training time as `run.png` in a run's folder; returns its path."""
+    """Draw loss and metrics against training time as `run.png` in a run's folder; returns its path."""
     run = History(folder)
     run.name = folder.name
-    return save([learning.loss([run]), learning.accuracy([run])], folder / "run.png", by_time=True)
+    return save([learning.loss([run]), learning.metrics([run])], folder / "run.png", by_time=True)
 
 
 def save(charts: Sequence[Chart], path: Path, *, by_time: bool = False) -> Path:

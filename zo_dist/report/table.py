@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from zo_dist.report.costs import spent
 from zo_dist.report.history import History
+from zo_dist.tasks import get_task
 
 # Differ between any two runs, and say nothing.
 _OF_THE_FOLDER = ("train.output", "train.existing")
@@ -26,7 +27,9 @@ class Fault:
 def summary(runs: Sequence[History]) -> list[tuple[str, list[str]]]:
     """Rows: a name, and a value for each run."""
     columns = [_summary_of(run) for run in runs]
-    return [(name, [column[name] for column in columns]) for name in columns[0]]
+    # Runs of other tasks have other metrics.
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, [column.get(name, "") for column in columns]) for name in names]
 
 
 def _summary_of(run: History) -> dict[str, str]:
@@ -44,9 +47,10 @@ def _summary_of(run: History) -> dict[str, str]:
         "lr, eps": f"{settings.optimizer.lr:g}, {settings.optimizer.eps:g}",
         "steps": str(len(run.records)),
         "training seconds": f"{seconds:.1f}",
-        "test accuracy": " to ".join(
-            f"{100 * e['accuracy']:.1f}%" for e in scores if e["accuracy"] is not None
-        ),
+        **{
+            f"test {metric}": " to ".join(f"{100 * e[metric]:.1f}%" for e in scores if e[metric] is not None)
+            for metric in get_task(settings.data.task).metrics
+        },
         "test loss": " to ".join(f"{e['loss']:.4f}" for e in scores if e["loss"] is not None),
         "forward share": _share(spent(run)),
         "peak memory, host": f"{max(peaks) / 1e9:.2f} GB" if peaks else "not recorded",

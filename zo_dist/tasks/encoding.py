@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -12,15 +14,25 @@ from zo_dist.tasks.base import Example
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One example as tokens: for each option the whole sequence and how many of its last are it."""
+    """One example as tokens: for each option the whole sequence and how many of its last are it.
+
+    `label`, `also_right`, `answers`: as in Example. `prompt`: what a generated text continues, shorter than
+    the longest input by the tokens that it may have.
+    """
 
     sequences: tuple[tuple[int, ...], ...]
     option_lengths: tuple[int, ...]
     label: int
+    also_right: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+    prompt: tuple[int, ...] = ()
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_new_tokens: int = 0,
 ) -> tuple[list[EncodedRow], int]:
     """Tokenise every option as the continuation of its prompt; also count the truncated rows.
 
@@ -28,18 +40,24 @@ def encode(
     and the option's tokens are the last ones, as many as the prompt alone is shorter. A sequence
     beyond `max_length` loses the start of its prompt, never a token that the tokenizer puts before
     every text (BOS), never a part of the option. A token that it puts after a text (EOS) is left
-    out: nothing follows an option.
+    out: nothing follows an option. Messages are tokenised as the chat template writes them, which has its
+    own BOS, and the answer with what the template puts after it.
 
-    ValueError, naming the example: an option that adds no token, or leaves the prompt no room.
+    A prompt by itself, for a text of up to `max_new_tokens`, is cut to leave room for that.
+
+    ValueError, naming the example: an option that adds no token, or leaves the prompt no room; messages
+    without a chat template.
     """
-    before = _tokens_before(tokenizer)
-    texts = [text for example in examples for text in _texts(example)]
+    bos = _tokens_before(tokenizer)
+    texts = [text for number, example in enumerate(examples) for text in _texts(number, example, tokenizer)]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
     rows, num_truncated = [], 0
-    # What predicts the option's first token is the BOS or else at least one token of the prompt.
-    longest_option = max_length - max(1, len(before))
     for number, example in enumerate(examples):
-        prompt_length = len(next(encoded))
+        before = bos if isinstance(example.prompt, str) else ()
+        # What predicts the option's first token is the BOS or else at least one token of the prompt.
+        longest_option = max_length - max(1, len(before))
+        prompt = next(encoded)
+        prompt_length = len(prompt)
         sequences, lengths, truncated = [], [], False
         for option in example.options:
             tokens = next(encoded)
@@ -55,7 +73,13 @@ def encode(
             sequences.append((*before, *tokens[-room:]))
             lengths.append(length)
         num_truncated += truncated
-        rows.append(EncodedRow(tuple(sequences), tuple(lengths), example.label))
+        kept = (*before, *prompt[-max(1, max_length - max_new_tokens - len(before)) :])
+        rows.append(
+            EncodedRow(
+                *(tuple(sequences), tuple(lengths), example.label, example.also_right, example.answers),
+                prompt=kept if example.answers else (),
+            )
+        )
     return rows, num_truncated
 
 
@@ -63,10 +87,15 @@ def single_token(rows: Sequence[EncodedRow]) -> bool:
     """Can this data set take the fast form of `collate`?
 
     Yes if every option is one token, the options of a row share their prompt's tokens, and all
-    rows have equally many options. Decide once for a whole data set, so that all ranks agree.
+    rows have equally many options, two or more, of which one is right. Decide once for a whole data set,
+    so that all ranks agree.
     """
     return len({len(row.sequences) for row in rows}) == 1 and all(
-        set(row.option_lengths) == {1} and len({tokens[:-1] for tokens in row.sequences}) == 1 for row in rows
+        len(row.sequences) > 1
+        and set(row.option_lengths) == {1}
+        and len({tokens[:-1] for tokens in row.sequences}) == 1
+        and not row.also_right
+        for row in rows
     )
 
 
@@ -81,7 +110,8 @@ def collate(
       option_ids [R, O] int64 the one token of each option: one sequence per row.
     - general: input_ids [R, O, T] holds prompt and option. option_mask [R, O, K] bool tells which
       of the last K tokens are the option's. A row with fewer than O options is filled up with
-      copies of its first one, for which option_valid [R, O] is False.
+      copies of its first one, for which option_valid [R, O] is False. option_right [R, O] bool: the
+      label's option and those that are right too.
 
     `pad_to_multiple` rounds T up. ValueError: fast rows that are not single-token.
     """
@@ -99,6 +129,16 @@ def collate(
     }
 
 
+def collate_prompts(rows: Sequence[EncodedRow], pad_id: int) -> dict[str, Any]:
+    """Batch R prompts, padded on the left, for texts to be generated: input_ids and attention_mask [R, T].
+
+    `answers` is a list of R tuples of strings: what counts as right.
+    """
+    input_ids, attention_mask = _pad_left([row.prompt for row in rows], pad_id, 1)
+    answers = [row.answers for row in rows]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "answers": answers}
+
+
 def _collate_general(rows: Sequence[EncodedRow], pad_id: int, pad_to_multiple: int) -> dict[str, Tensor]:
     num_options = max(len(row.sequences) for row in rows)
     # For each row the options that fill its O places: 0, 1, ..., then 0 again as the filling.
@@ -111,11 +151,13 @@ def _collate_general(rows: Sequence[EncodedRow], pad_id: int, pad_to_multiple: i
     longest = int(lengths.max())
     from_end = torch.arange(longest, 0, -1)  # the last token is number 1 from the end
     valid = [[option < len(row.sequences) for option in range(num_options)] for row in rows]
+    right = [[option in (row.label, *row.also_right) for option in range(num_options)] for row in rows]
     return {
         "input_ids": input_ids.view(len(rows), num_options, -1),
         "attention_mask": attention_mask.view(len(rows), num_options, -1),
         "option_mask": from_end <= lengths[..., None],
         "option_valid": torch.tensor(valid),
+        "option_right": torch.tensor(right),
         "label": torch.tensor([row.label for row in rows]),
     }
 
@@ -132,10 +174,34 @@ def _pad_left(sequences: Sequence[Sequence[int]], pad_id: int, multiple: int) ->
     return input_ids, attention_mask
 
 
-def _texts(example: Example) -> list[str]:
-    """The prompt, then prompt + option for each option; outer spaces go, as in MeZO."""
-    prompt = example.prompt.lstrip()
-    return [text.rstrip(" ") for text in (prompt, *(prompt + option for option in example.options))]
+def _texts(number: int, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The prompt, then prompt + option for each option."""
+    if isinstance(example.prompt, str):
+        # Outer spaces go, as in MeZO.
+        prompt = example.prompt.lstrip()
+        return [text.rstrip(" ") for text in (prompt, *(prompt + option for option in example.options))]
+    messages = [dict(message) for message in example.prompt]
+    try:
+        prompt = _templated(tokenizer, messages, add_generation_prompt=True)
+        answers = [{"role": "assistant", "content": option} for option in example.options]
+        # What a template puts after the mark of the answer's end is not for the model to say.
+        wholes = [_templated(tokenizer, [*messages, answer]).rstrip() for answer in answers]
+    except (ValueError, TemplateError) as error:
+        raise ValueError(f"example {number}: no chat template for these messages: {error}") from error
+    if not all(whole.startswith(prompt) for whole in wholes):
+        raise ValueError(
+            f"example {number}: the tokenizer's chat template writes the messages in another way once they "
+            "are answered, so that where the answer begins is not known; give prompt and completion as text"
+        )
+    return [prompt, *wholes]
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    return str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    )
 
 
 def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

