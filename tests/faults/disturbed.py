@@ -61,7 +61,7 @@ def started(path: Path, run: Path, ranks: int = 1, *options: str) -> subprocess.
 
 
 def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while sum(e["event"] == "step" for e in read_metrics(run)) < count:
         assert process.poll() is None, process.communicate()[1][-2000:]
         assert time.monotonic() < deadline
