@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from peft import AutoPeftModelForCausalLM, LoraConfig, PrefixTuningConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import write_model
 from torch import nn
 from transformers import (
@@ -272,6 +273,26 @@ def test_evaluation_best_model_and_early_stopping(base: Path, tmp_path: Path) ->
     assert len(evaluated) == best + 3 < 10
     assert ours.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{2 * best + 2}")
     assert ours.evaluate()["eval_loss"] == pytest.approx(min(evaluated), rel=1e-6)
+
+
+def test_the_curves_reach_a_tracker(base: Path, tmp_path: Path) -> None:
+    more = {"report_to": ["tensorboard"], "eval_strategy": "steps", "eval_steps": 3}
+    it = trainer(base, tmp_path, **more)
+    it.train()
+    (folder,) = (tmp_path / "runs").iterdir()
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    for key, tag in (
+        ("loss", "train/loss"),
+        ("learning_rate", "train/learning_rate"),
+        ("eval_loss", "eval/loss"),
+    ):
+        told = [(entry["step"], entry[key]) for entry in it.state.log_history if key in entry]
+        seen = [(event.step, event.value) for event in board.Scalars(tag)]
+        assert len(told) == (2 if key == "eval_loss" else 6)
+        # TensorBoard keeps a float32.
+        assert [step for step, _ in seen] == [step for step, _ in told]
+        assert [v for _, v in seen] == pytest.approx([v for _, v in told], rel=1e-6)
 
 
 def test_an_adapter_is_trained_and_saved_as_peft_does(base: Path, tmp_path: Path) -> None:

@@ -80,3 +80,4 @@ def draw(chart: Chart, axes: Any, by_time: bool) -> None:
         axes.legend(fontsize=7)
     if not any(isinstance(mark, Heat) for mark in chart.marks):
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
