@@ -1,4 +1,4 @@
-"""The command line: `zo-dist train | eval | ...`, the same as `python -m zo_dist`, under any launcher."""
+"""The command line: `zo-dist plan | train | ...`, the same as `python -m zo_dist`, under any launcher."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from zo_dist.config import Config, load_config
 from zo_dist.engines import DesyncError, Engine, initialize_process_group, leave_process_group
 from zo_dist.learn_scale import Learning
 from zo_dist.optimizer import NonFiniteLossError
+from zo_dist.planning.command import add_arguments, run_plan
 from zo_dist.resume import LOG, Interrupted, check_run
 from zo_dist.settings import apply_overrides, build
 from zo_dist.trajectory import TrajectoryReader
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if argv is None else argv)
     _configure_logging()
     try:
+        if args.command == "plan":
+            run_plan(args)
+            return 0
         result = _run(args)
     except (ValueError, NonFiniteLossError, DesyncError, Interrupted) as error:
         # Every rank has the reason, rank 0 tells it.
@@ -59,7 +63,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     # The deepspeed launcher adds it; what counts is the environment, which it sets as well.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train | eval | export | replay | check | learn-scale"
+        dest="command", required=True, metavar="plan | train | eval | export | replay | check | learn-scale"
     )
     train = commands.add_parser("train", help="fine-tune a model as a config file says")
     train.add_argument("config", help="YAML file; every key is described in zo_dist/config.py")
@@ -90,7 +94,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for field in fields(Learning):
         option = "--" + field.name.replace("_", "-")
         learn.add_argument(option, type=type(field.default), default=field.default, metavar="X")
-    for command in (train, evaluate, replay, export, learn):
+    plan = commands.add_parser(
+        "plan", help="memory, traffic and seconds per step of a model on a cluster, and what fits"
+    )
+    add_arguments(plan)
+    for command in (train, evaluate, replay, export, learn, plan):
         command.add_argument(
             "--deepspeed", metavar="DS_JSON", help="short for engine.kind=deepspeed engine.deepspeed=DS_JSON"
         )
