@@ -21,8 +21,8 @@ from zo_dist.planning.meta import Rows, busiest_rows, trace_forward, trace_step
 from zo_dist.planning.plan import Plan, make_plan
 from zo_dist.planning.shapes import SHAPES, read_shape
 
-# Published: the safetensors headers of the hub repositories, or for older ones the sizes of their files.
-# Qwen3-0.6B's head is its embedding, and counts once.
+# Published: the safetensors headers of the hub repositories (Qwen3-0.6B's head is its embedding and counts
+# once), and of OPT, which has none, by hand from table 1 of arXiv 2205.01068 and its 2,050 positions.
 PARAMETERS = {
     "opt-125m": 125_239_296,
     "opt-1.3b": 1_315_758_080,
@@ -30,7 +30,7 @@ PARAMETERS = {
     "opt-6.7b": 6_658_473_984,
     "opt-13b": 12_853_473_280,
     "opt-30b": 29_974_540_288,
-    "opt-66b": 65_718_718_464,
+    "opt-66b": 65_719_701_504,
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,
@@ -95,6 +95,19 @@ def test_memory_by_hand() -> None:
     offloaded = mode_of(plan, "zero3", "module", offload=True).memory
     assert offloaded is not None
     assert (offloaded.weights, offloaded.host) == (buffers, 2 * whole)
+
+
+def test_shards_may_have_another_dtype_than_what_is_gathered() -> None:
+    same = mode_of(small(), "fsdp2", "module")
+    engine = {"kind": "fsdp2", "compute_dtype": "bfloat16"}
+    mixed = mode_of(small(dtype="float32", engine=engine, rule={"name": "momentum"}), "fsdp2", "module")
+    assert same.memory is not None
+    assert mixed.memory is not None
+    buffers = 2 * 32 * 4
+    assert mixed.memory.weights - buffers == 2 * (same.memory.weights - buffers)
+    assert mixed.memory.activations == same.memory.activations
+    assert mixed.memory.gathered == same.memory.gathered
+    assert mixed.traffic == same.traffic
 
 
 STATES = {
@@ -227,7 +240,7 @@ def test_a_cluster_is_named_or_described() -> None:
     for text, options, reason in (
         ("A100-40G", {}, "write the number and kind"),
         ("0xA100-40G", {}, "write the number and kind"),
-        ("8xA100", {}, "A100-40G"),
+        ("8xA100", {}, "A100-80G"),
         ("12xA100-40G", {}, "do not fill nodes of 8"),
         ("16xL4", {}, "--network-gbps"),
         ("8xL4", {"memory_gb": -1.0}, "memory_gb is -1.0"),

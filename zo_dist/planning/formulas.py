@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from zo_dist.noise import GROUP
-from zo_dist.optimizer import ZeroOrder
+from zo_dist.optimizer import Perturb, ZeroOrder
 from zo_dist.params import Param, Span, frozen_params
 from zo_dist.planning.hardware import Cluster
 from zo_dist.planning.meta import Traced, Tracer, without_values
@@ -34,12 +34,16 @@ _MOMENTS = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mode:
-    """One way to run a step. `ranks`: how many hold a copy of the weights together."""
+    """One way to run a step. `ranks`: how many hold a copy of the weights together.
+
+    `stored`: the dtype of shards where gathers cast them (`engine.compute_dtype`), or None.
+    """
 
     engine: Sharded
     ranks: int
-    perturb: Literal["module", "shard"]
+    perturb: Perturb
     offload: bool = False
+    stored: torch.dtype | None = None
 
     def name(self, count: int) -> str:
         words = {"replicated": "replicated", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}[self.engine]
@@ -138,14 +142,13 @@ class Seconds:
         return self.compute + self.noise + self.gather + self.copy + self.update
 
 
-def gathers_of(
-    mode: Mode, module: nn.Module, traced: Traced, itemsize: int, zero: Mapping[str, Any], cast: bool
-) -> Gathers:
-    """The gathers of one forward. `itemsize`: of what is computed in; `zero`: see `zero3_gathers`."""
+def gathers_of(mode: Mode, module: nn.Module, traced: Traced, zero: Mapping[str, Any]) -> Gathers:
+    """The gathers of one forward. `zero`: see `zero3_gathers`."""
+    itemsize, staged = _itemsize(module), mode.offload or mode.stored is not None
     if mode.engine == "fsdp2":
-        return fsdp2_gathers(module, traced.borders, mode.ranks, itemsize, mode.offload or cast)
+        return fsdp2_gathers(module, traced.borders, mode.ranks, itemsize, staged)
     if mode.engine == "zero3" and mode.ranks > 1:
-        return zero3_gathers(module, traced.borders, mode.ranks, itemsize, mode.offload, zero)
+        return zero3_gathers(module, traced.borders, mode.ranks, itemsize, staged, zero)
     return no_gathers(traced.borders)
 
 
@@ -186,10 +189,8 @@ def memory(mode: Mode, optimizer: ZeroOrder, gathers: Gathers, drawn: Drawn, per
     )
 
 
-def traffic(
-    mode: Mode, optimizer: ZeroOrder, gathers: Gathers, work: Work, itemsize: int, count: int
-) -> Traffic:
-    """`itemsize`: of what is gathered; `count`: all ranks."""
+def traffic(mode: Mode, optimizer: ZeroOrder, gathers: Gathers, work: Work, count: int) -> Traffic:
+    """`count`: all ranks."""
     points = 2 if optimizer.anchor.every else 1
     numbers = _COUNTED + _DIGEST + 2 * points * len(optimizer.estimator.signs) * optimizer.directions
     exchanges = 2
@@ -201,7 +202,7 @@ def traffic(
         gathers=work.rounds * len(gathers.elements),
         elements=elements,
         put_in=put_in,
-        received=(elements - put_in) * itemsize,
+        received=(elements - put_in) * _itemsize(optimizer.engine.module),
         copied=copied,
         scalars=8 * numbers if count > 1 else 0,
         exchanges=exchanges if count > 1 else 0,
@@ -237,8 +238,8 @@ def seconds(
 
 def _written_bytes(mode: Mode, optimizer: ZeroOrder, drawn: Drawn) -> float:
     """Bytes of the writes of a step: weights, float32 sums for each group of directions, state."""
-    numel = sum(s.flat.numel() for s in _spans(mode, optimizer.params))
-    itemsize = optimizer.params[0].param.element_size()
+    spans = _spans(mode, optimizer.params)
+    numel, itemsize = sum(s.flat.numel() for s in spans), spans[0].flat.element_size()
     each = 2 * itemsize + 8 * drawn.groups
     each += 8 * len(optimizer.rule.keeps) + 8 * optimizer.curvature.used
     if optimizer.rounding.mode == ROUNDINGS[1] and itemsize < 4:
@@ -265,7 +266,7 @@ def _spans(mode: Mode, params: list[Param]) -> list[Span]:
     """What rank 0 holds of these, on the meta device."""
     sizes = [shard_numel(mode.engine, p.shape, mode.ranks) for p in params]
     return [
-        Span(p.name, torch.empty(size, dtype=p.param.dtype, device="meta"), 0)
+        Span(p.name, torch.empty(size, dtype=mode.stored or p.param.dtype, device="meta"), 0)
         for p, size in zip(params, sizes, strict=True)
     ]
 
@@ -295,6 +296,11 @@ def _update_peak(optimizer: ZeroOrder, spans: list[Span]) -> int:
 def _roofline(kernels: Counter[tuple[int, int]], flops: float, hbm: float) -> float:
     """Each kernel takes as long as its arithmetic or its bytes, whichever is longer."""
     return sum(times * max(work / flops, size / hbm) for (work, size), times in kernels.items())
+
+
+def _itemsize(module: nn.Module) -> int:
+    """Bytes of a weight as it is gathered and computed with."""
+    return next(module.parameters()).element_size()
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -219,7 +219,7 @@ def parse_cluster(
             told = ", ".join(f"{name} {value:g}" for name, value in given.items())
             gpu = dataclasses.replace(gpu, source=f"{gpu.source}; given: {told}")
     elif all(name in given for name in needed):
-        gpu = GPU(**given, source="given")  # type: ignore[arg-type]
+        gpu = GPU(**given, source="given")
     else:
         options = " ".join("--" + name.replace("_", "-") for name in needed)
         raise ValueError(f"--gpus names the kind {kind!r}; {nearest(kind, GPUS)} Or describe it: {options}")

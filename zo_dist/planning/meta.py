@@ -32,6 +32,9 @@ from zo_dist.tasks import choice_loss, option_nll_loss
 
 aten = torch.ops.aten
 
+# Of operators whose result, or its shape, may be told by values.
+_DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
 # They read as much as they give, not the whole table.
 _LOOKUPS = (aten.embedding, aten.index, aten.index_select, aten.gather)
 
@@ -71,7 +74,7 @@ class Traced:
         return sum(flops * count for (flops, _), count in self.kernels.items())
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage made inside until it is freed, and adds up what kernels compute and move.
 
     `outside`: what exists before (weights, buffers, the batch), which does not count. `vocabulary`: tensors
@@ -79,7 +82,7 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self, outside: Sequence[Tensor], vocabulary: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._vocabulary = vocabulary
         # By storage: its bytes and which part of `Live` they are; None for what is outside.
         self._storages: dict[int, tuple[int, int] | None] = {}
@@ -91,18 +94,18 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default:
-            if args[0].dtype == torch.bool:
-                return False
+        if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return False
+        out = _product(func, args)
+        try:
+            out = func(*args, **kwargs) if out is None else out
+        except RuntimeError as error:
+            if not _DATA_DEPENDENT.intersection(func.tags):
+                raise
             raise ValueError(
-                "this model's forward depends on the values of its data, so its shapes cannot be told from "
-                "its config alone (for experts: experts_implementation grouped_mm or batched_mm can)"
-            )
-        if func._overloadpacket is aten._grouped_mm and args[0].ndim == 2 and args[1].ndim == 3:
-            # Rows of tokens by experts; its own shapes are told for bfloat16 alone.
-            out = args[0].new_empty(len(args[0]), args[1].shape[-1])
-        else:
-            out = func(*args, **kwargs)
+                f"this model's forward depends on the values of its data ({func.name()}), so that its shapes "
+                "cannot be told from its config alone (for experts: experts_implementation grouped_mm can)"
+            ) from error
         made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in made:
             self._follow(tensor)
@@ -172,6 +175,18 @@ class Tracer(TorchDispatchMode):
     def border(self, module: nn.Module, enters: bool) -> None:
         now = Live(*self._live)
         self.traced.borders.append(Border(module, enters, now, now))
+
+
+def _product(func: Any, args: Any) -> Tensor | None:
+    """The output of a product of matrices: torch's way to its shape is slow, and refuses float32 experts."""
+    if func in (aten.mm.default, aten.addmm.default):
+        left, right = args[-2:]
+    elif func is aten._grouped_mm.default and args[0].ndim == 2 and args[1].ndim == 3:
+        left, right = args[:2]
+    else:
+        return None
+    out: Tensor = left.new_empty(len(left), right.shape[-1])
+    return out
 
 
 class FusedAttention(TorchFunctionMode):

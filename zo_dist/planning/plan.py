@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -18,10 +18,10 @@ from zo_dist.config import Config, EngineConfig
 from zo_dist.engines import DsConfig, read_ds_config
 from zo_dist.mask import SmallWeights
 from zo_dist.models import freeze, longest_input
-from zo_dist.optimizer import ZeroOrder
+from zo_dist.optimizer import Perturb, ZeroOrder
 from zo_dist.params import find_layers
 from zo_dist.planning import formulas
-from zo_dist.planning.formulas import Drawn, Memory, Mode, Seconds, Traffic, Work
+from zo_dist.planning.formulas import Drawn, Memory, Mode, Seconds, Sharded, Traffic, Work
 from zo_dist.planning.hardware import Cluster
 from zo_dist.planning.meta import Rows, Traced, busiest_rows, trace_forward, trace_step
 from zo_dist.probes import rows_of_directions
@@ -29,6 +29,8 @@ from zo_dist.samplers import Dense, Draw
 
 # Draws that the seconds of a step are a mean over, where a sampler leaves arms out.
 _DRAWS = 3
+
+_WAYS: tuple[Perturb, ...] = get_args(Perturb)
 
 # What a ds_config.json that plan writes holds; `read_ds_config` fills in the rest.
 ZERO3: dict[str, Any] = {
@@ -83,6 +85,7 @@ class Plan:
         modes = []
         for planned in self.modes:
             mode: dict[str, Any] = {"name": planned.name, **dataclasses.asdict(planned.mode)}
+            del mode["stored"]
             if planned.memory and planned.traffic and planned.seconds:
                 mode["memory"] = {**dataclasses.asdict(planned.memory), "total": planned.memory.total}
                 mode["traffic"] = dataclasses.asdict(planned.traffic)
@@ -157,25 +160,22 @@ def modes_of(
     config: Config, cluster: Cluster, engines: Mapping[str, bool] | None, perturb: str | None
 ) -> Iterator[Mode]:
     """Engines, sharded over all ranks or (HSDP) over those of a node, and both ways to perturb."""
-    groups = config.engine.shard_ranks or cluster.per_node
-    if cluster.count % groups:
-        raise ValueError(
-            f"engine.shard_ranks is {groups}; it must divide the number of ranks, {cluster.count}"
-        )
-    every = [
-        ("replicated", 1, False),
-        ("fsdp2", groups if config.engine.shard_ranks else cluster.count, False),
-        *([("fsdp2", groups, False)] if 1 < groups < cluster.count and not config.engine.shard_ranks else []),
-        ("zero3", cluster.count, False),
-        ("fsdp2", groups if config.engine.shard_ranks else cluster.count, True),
-        ("zero3", cluster.count, True),
-    ]
+    computed, stored = config.engine.torch_compute_dtype, config.model.torch_dtype
+    cast_from = None if computed in (None, stored) else stored
+    count, asked = cluster.count, config.engine.shard_ranks
+    if asked is not None and count % asked:
+        raise ValueError(f"engine.shard_ranks is {asked}; it must divide the number of ranks, {count}")
+    of_all = asked or count
+    every: list[tuple[Sharded, int, bool]] = [("replicated", 1, False), ("fsdp2", of_all, False)]
+    if asked is None and 1 < cluster.per_node < count:
+        every.append(("fsdp2", cluster.per_node, False))
+    every += [("zero3", count, False), ("fsdp2", of_all, True), ("zero3", count, True)]
     for engine, ranks, offload in every:
         if engines is not None and (engine not in engines or engines[engine] != offload):
             continue
-        for way in ("module", "shard"):
+        for way in _WAYS:
             if perturb in (None, way):
-                yield Mode(engine=engine, ranks=ranks, perturb=way, offload=offload)  # type: ignore[arg-type]
+                yield Mode(engine=engine, ranks=ranks, perturb=way, offload=offload, stored=cast_from)
 
 
 class _Subject:
@@ -184,7 +184,7 @@ class _Subject:
     def __init__(self, config: Config, shape: PretrainedConfig, count: int, length: int, answer: int) -> None:
         self._config, self._count = config, count
         self.module = _on_meta(config, shape)
-        self._optimizers = {way: _optimizer(config, self.module, way) for way in ("module", "shard")}
+        self._optimizers = {way: _optimizer(config, self.module, way) for way in _WAYS}
         self.optimizer = self._optimizers["module"]
         self._dense = isinstance(self.optimizer.sampler, Dense)
         self.drawn: Drawn = formulas.drawn_of(self.optimizer)
@@ -200,16 +200,12 @@ class _Subject:
             self._optimizers[mode.perturb],
             self.work(mode.perturb),
         )
-        stored = self._config.model.torch_dtype.itemsize
-        computed = self._config.engine.torch_compute_dtype
-        cast = mode.engine == "fsdp2" and computed is not None and computed.itemsize != stored
-        itemsize = computed.itemsize if cast and computed is not None else stored
-        gathers = formulas.gathers_of(mode, self.module, work.worst, itemsize, zero, cast)
+        gathers = formulas.gathers_of(mode, self.module, work.worst, zero)
         try:
             memory = formulas.memory(mode, optimizer, gathers, self.drawn, cluster.per_node)
         except ValueError as error:
             return Planned(mode=mode, name=name, refused=str(error))
-        sent = formulas.traffic(mode, optimizer, gathers, work, itemsize, self._count)
+        sent = formulas.traffic(mode, optimizer, gathers, work, self._count)
         taken = formulas.seconds(mode, optimizer, sent, work, self.drawn, cluster)
         fits = memory.total <= cluster.usable_bytes
         return Planned(mode=mode, name=name, memory=memory, traffic=sent, seconds=taken, fits=fits)
@@ -280,25 +276,21 @@ class _Subject:
 
 
 def _on_meta(config: Config, shape: PretrainedConfig) -> nn.Module:
+    """The model in the dtype that it computes in; shards may have another (`Mode.stored`)."""
+    dtype = config.engine.torch_compute_dtype or config.model.torch_dtype
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            shape, dtype=config.model.torch_dtype, trust_remote_code=config.model.trust_remote_code
+        model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            shape, dtype=dtype, trust_remote_code=config.model.trust_remote_code
         )
     freeze(model, config.model.parameters)
     return model.eval()
 
 
-def _optimizer(config: Config, module: nn.Module, way: str) -> ZeroOrder:
+def _optimizer(config: Config, module: nn.Module, way: Perturb) -> ZeroOrder:
     """`train.build_optimizer` for a model without values, which a mask and the start-up check would read."""
     from zo_dist.train import build_optimizer
 
-    settings = dataclasses.replace(
-        config.optimizer,
-        perturb=way,
-        mask=None,
-        self_check=False,
-        compile=False,  # type: ignore[arg-type]
-    )
+    settings = dataclasses.replace(config.optimizer, perturb=way, mask=None, self_check=False, compile=False)
     optimizer = build_optimizer(dataclasses.replace(config, optimizer=settings), module)
     if config.optimizer.mask is not None:
         _mask_shapes(optimizer, config.optimizer.mask)
@@ -334,10 +326,11 @@ def _assumed(cluster: Cluster, subject: _Subject, length: int, answer: int) -> t
     return tuple(told)
 
 
-def write_config(plan: Plan, planned: Planned, path: Path, ds_path: str | None) -> list[Path]:
+def write_config(plan: Plan, planned: Planned, path: Path, ds_path: str | None, command: str) -> list[Path]:
     """Write the run's config in this mode to `path`, for `zo-dist train`; returns the files written.
 
-    `ds_path`: the ds_config.json that a ZeRO-3 run names; None writes one beside `path`.
+    `ds_path`: the ds_config.json that a ZeRO-3 run names; None writes one beside `path`. `command`: what
+    was asked, for a comment.
     """
     mode, written = planned.mode, [path]
     if mode.engine == "zero3":
@@ -365,8 +358,8 @@ def write_config(plan: Plan, planned: Planned, path: Path, ds_path: str | None) 
     gib = 0.0 if planned.memory is None else planned.memory.total / 2**30
     gpus = f"{plan.cluster.count}x{plan.cluster.kind}"
     path.write_text(
-        f"# Written by zo-dist plan for {gpus}: {planned.name}, {gib:.1f} GiB on each GPU (computed).\n"
-        + config.to_yaml(),
+        f"# Written by: {command}\n# {planned.name} on {gpus}: {gib:.1f} GiB on each GPU, computed, not "
+        f"measured. No run of it was made.\n{config.to_yaml()}",
         encoding="utf-8",
     )
     return written

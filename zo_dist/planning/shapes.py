@@ -54,8 +54,13 @@ def _gated(
     }
 
 
-_QWEN = {"head_dim": 128}
-_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, **_QWEN}
+_QWEN: dict[str, Any] = {"head_dim": 128}
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    **_QWEN,
+}
 
 # By short name: the hub repository whose config.json it is, and its shape.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
