@@ -18,17 +18,14 @@ from zo_dist.cli import main as zo_dist
 SETTINGS = ["train.rows=64", "optimizer.perturb=module"]
 CASES = [
     ("llama-2-7b", "2xRTX4090"),
-    ("llama-2-7b", "8xA100-40G"),
     ("opt-13b", "2xA100-40G"),
     ("opt-13b", "8xRTX4090"),
-    ("opt-30b", "2xA100-80G"),
     ("opt-30b", "4xA100-40G"),
     ("opt-30b", "8xRTX4090"),
     ("opt-66b", "4xA100-80G"),
     ("opt-66b", "8xA100-40G"),
     ("llama-3-70b", "2xRTX4090"),
     ("llama-3-70b", "8xA100-40G"),
-    ("llama-3-70b", "8xH100-80G"),
     ("llama-3-70b", "64xH100-80G"),
 ]
 

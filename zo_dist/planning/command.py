@@ -6,9 +6,11 @@ import argparse
 import copy
 import dataclasses
 import json
+import logging
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -89,16 +91,17 @@ def run_plan(args: argparse.Namespace) -> None:
         raise ValueError("data.max_length is null: say how many tokens a row has with --length")
     if args.length is not None and args.length != config.data.max_length:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=args.length))
-    plan = make_plan(
-        config,
-        shape,
-        cluster,
-        length=length,
-        answer=args.answer,
-        engines=engines,
-        perturb=config.optimizer.perturb if "optimizer.perturb" in given else None,
-        ds=ds,
-    )
+    with _quietly():
+        plan = make_plan(
+            config,
+            shape,
+            cluster,
+            length=length,
+            answer=args.answer,
+            engines=engines,
+            perturb=config.optimizer.perturb if "optimizer.perturb" in given else None,
+            ds=ds,
+        )
     if args.json:
         print(json.dumps(plan.as_dict(), indent=2), flush=True)
     else:
@@ -110,6 +113,18 @@ def run_plan(args: argparse.Namespace) -> None:
         written = write_config(plan, plan.recommended, Path(args.write), ds_path, command)
         if not args.json:
             print(f"written: {', '.join(map(str, written))}", flush=True)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What a step would tell of a run is not told of one that is planned."""
+    log = logging.getLogger("zo_dist")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:

@@ -359,7 +359,7 @@ def write_config(plan: Plan, planned: Planned, path: Path, ds_path: str | None, 
     gpus = f"{plan.cluster.count}x{plan.cluster.kind}"
     path.write_text(
         f"# Written by: {command}\n# {planned.name} on {gpus}: {gib:.1f} GiB on each GPU, computed, not "
-        f"measured. No run of it was made.\n{config.to_yaml()}",
+        f"measured.\n{config.to_yaml()}",
         encoding="utf-8",
     )
     return written

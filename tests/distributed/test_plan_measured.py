@@ -168,11 +168,15 @@ def one_step(engine: str, settings: dict[str, Any], layers: int) -> Callable[[],
 def peak_of_a_step(engine: str, settings: dict[str, Any]) -> int:
     """Bytes above what the process had before there was a model."""
     # What is freed goes back at once: else a peak is that of the past.
-    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD, malloc.h
-    one_step(engine, settings, layers=1)  # what is loaded and compiled once
-    memory.settled()
-    before = memory.resident_bytes()
-    return memory.peak_bytes(one_step(engine, settings, layers=6), torch.device("cpu")) - before
+    mallopt, threshold = ctypes.CDLL("libc.so.6").mallopt, -3  # M_MMAP_THRESHOLD, malloc.h
+    mallopt(threshold, 1 << 16)
+    try:
+        one_step(engine, settings, layers=1)  # what is loaded and compiled once
+        memory.settled()
+        before = memory.resident_bytes()
+        return memory.peak_bytes(one_step(engine, settings, layers=6), torch.device("cpu")) - before
+    finally:
+        mallopt(threshold, 1 << 25)  # the highest there is, as for the calls before
 
 
 @pytest.mark.parametrize("perturb", ["module", "shard"])
