@@ -3,8 +3,8 @@
 FSDP2 and ZeRO-3 gather what a module needs when it begins and free it when it ends, in ways of their own.
 Both are followed here through the modules of one traced forward, as torch 2.13 (`fsdp/_fully_shard/
 _fsdp_param_group.py`) and deepspeed 0.19.8 (`runtime/zero/partitioned_param_coordinator.py`,
-`partition_parameters.py`) run it once their traces are complete. `tests/distributed/test_plan_measured.py` holds the
-collectives, their elements and the peak to real runs.
+`partition_parameters.py`) run it once their traces are complete. The collectives, their elements and the peak
+are held to real runs in `tests/distributed/test_plan_measured.py`.
 """
 
 from __future__ import annotations
