@@ -326,6 +326,12 @@ def test_a_mistake_is_named(arguments: list[str], reason: str, capsys: pytest.Ca
     assert reason in capsys.readouterr().err
 
 
+def test_a_config_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("model: opt-125m\n")
+    assert main(["plan", "opt-125m", "--gpus", "8xL4", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "model is 'opt-125m'; it is a section" in capsys.readouterr().err
+
+
 def test_nothing_fits_and_nothing_is_written(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

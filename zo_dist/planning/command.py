@@ -70,9 +70,10 @@ def run_plan(args: argparse.Namespace) -> None:
     """Print the plan, and write a config if asked to. ValueError for a mistake in what was asked."""
     from rich.console import Console
 
-    from zo_dist.planning.plan import make_plan, write_config
+    from zo_dist.planning.plan import make_plan
     from zo_dist.planning.shapes import read_shape
     from zo_dist.planning.show import show
+    from zo_dist.planning.write import write_config
 
     if args.model is not None and re.match(r"\w+\.\w[\w.]*=", args.model):
         args.overrides, args.model = [args.model, *args.overrides], None
@@ -138,6 +139,9 @@ def _settings(args: argparse.Namespace, count: int) -> tuple[dict[str, Any], set
     theirs: dict[str, Any] = {}
     if args.config is not None and not _is_ds(args.config):
         theirs = read_yaml(Path(args.config))
+        for key, section in theirs.items():
+            if not isinstance(section, dict):
+                raise ValueError(f"{args.config}: {key} is {section!r}; it is a section with keys of its own")
     if args.model is not None:
         theirs.setdefault("model", {})["source"] = args.model
     if args.config is not None and _is_ds(args.config):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from zo_dist.config import Config, EngineConfig
+from zo_dist.config import Config
 from zo_dist.engines import DsConfig, read_ds_config
 from zo_dist.mask import SmallWeights
 from zo_dist.models import freeze, longest_input
@@ -24,6 +22,7 @@ from zo_dist.planning import formulas
 from zo_dist.planning.formulas import Drawn, Memory, Mode, Seconds, Sharded, Traffic, Work
 from zo_dist.planning.hardware import Cluster
 from zo_dist.planning.meta import Rows, Traced, busiest_rows, trace_forward, trace_step
+from zo_dist.planning.sharding import ZERO3
 from zo_dist.probes import rows_of_directions
 from zo_dist.samplers import Dense, Draw
 
@@ -31,20 +30,6 @@ from zo_dist.samplers import Dense, Draw
 _DRAWS = 3
 
 _WAYS: tuple[Perturb, ...] = get_args(Perturb)
-
-# What a ds_config.json that plan writes holds; `read_ds_config` fills in the rest.
-ZERO3: dict[str, Any] = {
-    "bf16": {"enabled": "auto"},
-    "fp16": {"enabled": "auto"},
-    "zero_optimization": {
-        "stage": 3,
-        "overlap_comm": True,
-        "stage3_prefetch_bucket_size": "auto",
-        "stage3_param_persistence_threshold": 0,
-    },
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -324,42 +309,3 @@ def _assumed(cluster: Cluster, subject: _Subject, length: int, answer: int) -> t
     ):
         told.append("experts: all of a layer's are gathered, and tokens fall on them evenly")
     return tuple(told)
-
-
-def write_config(plan: Plan, planned: Planned, path: Path, ds_path: str | None, command: str) -> list[Path]:
-    """Write the run's config in this mode to `path`, for `zo-dist train`; returns the files written.
-
-    `ds_path`: the ds_config.json that a ZeRO-3 run names; None writes one beside `path`. `command`: what
-    was asked, for a comment.
-    """
-    mode, written = planned.mode, [path]
-    if mode.engine == "zero3":
-        if ds_path is None:
-            beside = path.with_suffix(".ds.json")
-            content = json.loads(json.dumps(ZERO3))
-            if mode.offload:
-                offload = {"device": "cpu", "pin_memory": True}
-                content["zero_optimization"]["offload_param"] = offload
-            beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            written.append(beside)
-            ds_path = str(beside)
-        engine = EngineConfig(kind="deepspeed", deepspeed=ds_path)
-    elif mode.engine == "fsdp2":
-        engine = EngineConfig(
-            kind="fsdp2",
-            shard_ranks=mode.ranks if mode.ranks < plan.cluster.count else None,
-            offload_to_cpu=mode.offload,
-            compute_dtype=plan.config.engine.compute_dtype,
-        )
-    else:
-        engine = EngineConfig(kind="replicated")
-    optimizer = dataclasses.replace(plan.config.optimizer, perturb=mode.perturb)
-    config = dataclasses.replace(plan.config, engine=engine, optimizer=optimizer)
-    gib = 0.0 if planned.memory is None else planned.memory.total / 2**30
-    gpus = f"{plan.cluster.count}x{plan.cluster.kind}"
-    path.write_text(
-        f"# Written by: {command}\n# {planned.name} on {gpus}: {gib:.1f} GiB on each GPU, computed, not "
-        f"measured.\n{config.to_yaml()}",
-        encoding="utf-8",
-    )
-    return written

@@ -27,6 +27,20 @@ ZERO3_DEFAULTS = {
     "stage3_max_reuse_distance": 1_000_000_000,
 }
 
+# What a ds_config.json that plan writes holds; `read_ds_config` fills in the rest.
+ZERO3: dict[str, Any] = {
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": 0,
+    },
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+}
+
 
 class Peak(NamedTuple):
     """The moment of a forward that needs most: bytes gathered, and what lives beside."""
