@@ -1,4 +1,4 @@
-"""The command line: `zo-dist train | eval | ...`, the same as `python -m zo_dist`, under any launcher."""
+"""The command line: `zo-dist plan | train | ...`, the same as `python -m zo_dist`, under any launcher."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from zo_dist.config import Config, load_config
 from zo_dist.engines import DesyncError, Engine, initialize_process_group, leave_process_group
 from zo_dist.learn_scale import Learning
 from zo_dist.optimizer import NonFiniteLossError
+from zo_dist.planning.command import add_arguments, run_plan
 from zo_dist.resume import LOG, Interrupted, check_run
 from zo_dist.settings import apply_overrides, build
 from zo_dist.trajectory import TrajectoryReader
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if argv is None else argv)
     _configure_logging()
     try:
+        if args.command == "plan":
+            run_plan(args)
+            return 0
         result = _run(args)
     except (ValueError, OSError, NonFiniteLossError, DesyncError, Interrupted) as error:
         # Every rank has the reason, rank 0 tells it; but of a disk or a network, one rank may have it alone.
@@ -59,7 +63,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     # The deepspeed launcher adds it; what counts is the environment, which it sets as well.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train | eval | report | export | replay | check | learn-scale"
+        dest="command",
+        required=True,
+        metavar="plan | train | eval | report | export | replay | check | learn-scale",
     )
     train = commands.add_parser("train", help="fine-tune a model as a config file says")
     train.add_argument("config", help="YAML file; every key is described in zo_dist/config.py")
@@ -98,13 +104,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for field in fields(Learning):
         option = "--" + field.name.replace("_", "-")
         learn.add_argument(option, type=type(field.default), default=field.default, metavar="X")
-    for command in (train, evaluate, replay, export, learn):
+    plan = commands.add_parser(
+        "plan", help="memory, traffic and seconds per step of a model on a cluster, and what fits"
+    )
+    add_arguments(plan)
+    for command in (train, evaluate, replay, export, learn, plan):
         command.add_argument(
             "--deepspeed", metavar="DS_JSON", help="short for engine.kind=deepspeed engine.deepspeed=DS_JSON"
         )
         command.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
     args, rest = parser.parse_known_args(argv)
+    args.argv = list(argv)[1:]
     # argparse does not take up positional arguments again after an option.
     args.overrides += [arg for arg in rest if not arg.startswith("-") and "=" in arg]
     wrong = [arg for arg in rest if arg not in args.overrides]

@@ -74,7 +74,7 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
         )
     if kind == "deepspeed":
         assert config.engine.deepspeed is not None
-        ds = _read_ds_config(config, hf_config, num_ranks)
+        ds = read_ds(config, hf_config, num_ranks)
         for note in ds.notes if rank == 0 else ():
             log.info("%s: %s", config.engine.deepspeed, note)
         if ds.stage == 3:
@@ -84,7 +84,8 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
     return _trainable(config.model).to(device)
 
 
-def _read_ds_config(config: Config, hf_config: Any, num_ranks: int) -> DsConfig:
+def read_ds(config: Config, hf_config: Any, num_ranks: int) -> DsConfig:
+    """The DeepSpeed config that the run names, as it will be used; ValueError if it cannot be."""
     path = config.engine.deepspeed
     assert path is not None
     if not Path(path).is_file():
@@ -109,11 +110,11 @@ def _trainable(config: ModelConfig) -> nn.Module:
         )
     except OSError as error:
         raise ValueError(f"model.source: cannot load {config.source!r}: {error}") from error
-    _freeze(model, config.parameters)
+    freeze(model, config.parameters)
     return model.eval()
 
 
-def _freeze(module: nn.Module, pattern: str | None) -> None:
+def freeze(module: nn.Module, pattern: str | None) -> None:
     """Leave trainable what `pattern` is found in; ValueError if that is nothing."""
     if pattern is None:
         return

@@ -144,7 +144,9 @@ def looked_up(shifts: Shifts, table: Tensor, name: str, probe: Probe, ids: Tenso
 def writes_in_place(owner: nn.Module, x: Tensor) -> bool:
     """May the products of this linear layer be written to memory of the caller, in x's dtype?"""
     assert isinstance(owner, nn.Linear)
-    return x.dtype == owner.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    in_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.dtype == owner.weight.dtype and not in_autocast
 
 
 def linear(
