@@ -182,7 +182,7 @@ def _texts(number: int, example: Example, tokenizer: PreTrainedTokenizerBase) ->
         return [text.rstrip(" ") for text in (prompt, *(prompt + option for option in example.options))]
     messages = [dict(message) for message in example.prompt]
     try:
-        prompt = _templated(tokenizer, messages, add_generation_prompt=True)
+        prompt = _templated(tokenizer, messages, asks=True)
         answers = [{"role": "assistant", "content": option} for option in example.options]
         # What a template puts after the mark of the answer's end is not for the model to say.
         wholes = [_templated(tokenizer, [*messages, answer]).rstrip() for answer in answers]
@@ -196,12 +196,9 @@ def _texts(number: int, example: Example, tokenizer: PreTrainedTokenizerBase) ->
     return [prompt, *wholes]
 
 
-def _templated(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
-) -> str:
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    )
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], asks: bool = False) -> str:
+    """The template's text; one that `asks` ends where the assistant's answer begins."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
 
 
 def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

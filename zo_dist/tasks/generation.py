@@ -54,7 +54,7 @@ class TextGenerator:
 
     def _config(self) -> GenerationConfig:
         pad = self.tokenizer.pad_token_id
-        return GenerationConfig(  # type: ignore[no-untyped-call]
+        return GenerationConfig(  # type: ignore[no-untyped-call,unused-ignore]
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             num_beams=1,
