@@ -93,12 +93,15 @@ def test_quickstart_refuses_an_unknown_mode() -> None:
 # The scripts for several nodes, each node being one process here
 
 
-def _script(name: str, *args: str, **settings: str) -> subprocess.Popen[str]:
+def _free_port() -> str:
     with socket.socket() as free:
         free.bind(("", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def _script(name: str, *args: str, **settings: str) -> subprocess.Popen[str]:
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    settings = {"PYTHON": sys.executable, "RANKS": "1", "MASTER_PORT": port, "PATH": path, **settings}
+    settings = {"PYTHON": sys.executable, "RANKS": "1", "MASTER_PORT": _free_port(), "PATH": path, **settings}
     return subprocess.Popen(
         ["bash", str(REPOSITORY / "launch" / name), *args],
         stdout=subprocess.PIPE,
@@ -132,11 +135,8 @@ def test_slurm_starts_an_agent_on_each_node(shrunk: list[str], tmp_path: Path) -
 def test_deepspeed_starts_by_a_hostfile_without_ssh(shrunk: list[str], tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("node0 slots=1\nnode1 slots=1\n")
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
     args = [QUICKSTART, str(REPOSITORY / "configs" / "ds_zero3.json"), *shrunk]
-    settings = {"HOSTFILE": str(hosts), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    settings = {"HOSTFILE": str(hosts), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     nodes = [_script("deepspeed.sh", *args, NODE_RANK=str(rank), **settings) for rank in range(2)]
     result = result_of(_output(*nodes))
     assert (result["engine"], result["ranks"], result["steps"]) == ("deepspeed", 2, 2)
