@@ -43,5 +43,6 @@ print('wheel:', zo_dist.__version__)
 )
 
 say "pytest"
-# Two files at a time: much of a test of several processes is waiting for them to start.
-"$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+# Two files at a time: ranks wait for each other in much of a test of several processes. The order of the
+# files is that of tests/conftest.py.
+"$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -13,7 +13,7 @@ import torch
 from models import loss_of
 from torch import Tensor, nn
 
-from zo_dist import generator, laws
+from zo_dist import generator, laws, noise
 
 
 class Injected:
@@ -74,7 +74,8 @@ def remembered_noise() -> Iterator[None]:
     """Each block of random words, and each z, is computed once in this process, then looked up.
 
     Tests of tiny models otherwise spend their time in Philox: the words of a weight are the same for
-    the + and the - side, the update, both perturb modes and every engine. The function itself is the
+    the + and the - side, the update, both perturb modes and every engine, and z is the same in each of the
+    reference's runs. The function itself is the
     package's; test_noise.py checks it, and the tests of whole trajectories run it unremembered.
     """
     original = generator.philox
@@ -85,7 +86,13 @@ def remembered_noise() -> Iterator[None]:
             _words[key] = original(counter, schedule)  # type: ignore[arg-type]
         return _words[key]
 
-    expand = dict(laws.EXPAND)
+    def values(self: noise.Noise, *address: Any) -> Tensor:
+        key = (type(self), self.kind, self.seed, *address)
+        if key not in _values:
+            _values[key] = compute(self, *address)
+        return _values[key]
+
+    expand, compute = dict(laws.EXPAND), noise.Noise.values
 
     def gaussian(words: Tensor) -> Tensor:
         key = words.numpy().tobytes()
@@ -95,14 +102,17 @@ def remembered_noise() -> Iterator[None]:
 
     generator.philox = philox  # type: ignore[assignment]
     laws.EXPAND["gaussian"] = gaussian
+    noise.Noise.values = values  # type: ignore[method-assign]
     try:
         yield
     finally:
         generator.philox = original
         laws.EXPAND.update(expand)
+        noise.Noise.values = compute  # type: ignore[method-assign]
 
 
 _normals: dict[object, Tensor] = {}
+_values: dict[object, Tensor] = {}
 _words: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
 

@@ -61,6 +61,9 @@ class Reference:
         anchor: tuple[int, int, float] | None = None,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
+        self._weights, self._shifted = (
+            {name: p.detach() for name, p in of.named_parameters()} for of in (self.model, self.copy)
+        )
         named = table.NOISES[law]
         self.noise, self.signs = Noise(named["noise"], seed), Noise("rademacher", seed)
         self.structure: Any = named.get("structure")
@@ -95,7 +98,7 @@ class Reference:
                 self.highest[name] = ordered[max(1, round(share * len(ordered))) - 1]
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+        return self._weights
 
     # Samplers
 
@@ -276,14 +279,13 @@ class Reference:
     ) -> Any:
         """Summed loss and weight of rows, on a copy of the model at `weights` + sign * eps * length * z."""
         lengths = {name: length for arm, (_, length) in drawn.items() for name in self.arms[arm]}
-        shifted = dict(self.copy.named_parameters())
         for name, weight in weights.items():
             moved = weight.float()
             if name in lengths and sign:
                 z = self.z(name, direction) / square_root(self.curvature[name])
                 z = torch.where(weight.abs() <= self.highest[name], z, 0.0)
                 moved = moved + z * torch.tensor(sign * self.eps * lengths[name])
-            shifted[name].data.copy_(moved)
+            self._shifted[name].copy_(moved)
         out = loss(self.copy, rows)
         sums, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
         return math.fsum(sums.double().tolist()), math.fsum(weights.double().tolist())

@@ -38,7 +38,10 @@ def _deepspeed(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_torchrun_runs_the_quickstart_config(shrunk: list[str]) -> None:
-    done = launch(["train", QUICKSTART, *shrunk])
+    command = [*_of_launcher("torchrun"), "-m", "zo_dist", "train", QUICKSTART, *shrunk]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment(), check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = result_of(done.stdout)
     assert (result["engine"], result["ranks"], result["steps"]) == ("fsdp2", 2, 2)
@@ -69,7 +72,7 @@ def test_help(command: list[str]) -> None:
 
 def test_importing_the_package_starts_nothing() -> None:
     code = "import sys, logging, zo_dist; assert not logging.getLogger().handlers; "
-    code += "assert not {'deepspeed', 'datasets', 'matplotlib'} & set(sys.modules)"
+    code += "assert not {'deepspeed', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -176,10 +179,13 @@ def _example(launcher: str, script: Path, *args: str) -> str:
     more = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
     if launcher == "accelerate":
         more["ACCELERATE_USE_CPU"] = "true"
-    command = [*_of_launcher(launcher), str(script), *args]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment() | more, check=False
-    )
+    if launcher == "forked":
+        done = launch([str(script), *args])
+    else:
+        command = [*_of_launcher(launcher), str(script), *args]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env=environment() | more, check=False
+        )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -187,7 +193,7 @@ def _example(launcher: str, script: Path, *args: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "engine"),
-    [("torchrun", "fsdp"), ("torchrun", "deepspeed"), ("deepspeed", "deepspeed"), ("accelerate", "none")],
+    [("forked", "fsdp"), ("forked", "deepspeed"), ("deepspeed", "deepspeed"), ("accelerate", "none")],
 )
 def test_a_script_for_the_trainer_becomes_zeroth_order(tmp_path: Path, launcher: str, engine: str) -> None:
     """With Trainer in place of ZOTrainer the example runs under AdamW; as it is, without gradients."""
@@ -204,7 +210,7 @@ def test_a_script_for_the_trainer_becomes_zeroth_order(tmp_path: Path, launcher:
     arguments = ["--model", str(model), "--data", str(rows), "--use_cpu", "--max_steps", "2"]
     arguments += ["--per_device_train_batch_size", "4", "--report_to", "none", "--learning_rate", "1e-3"]
     arguments += {"deepspeed": ["--deepspeed", str(tmp_path / "ds.json")], "none": [], "fsdp": []}[engine]
-    if (launcher, engine) == ("torchrun", "deepspeed"):
+    if (launcher, engine) == ("forked", "deepspeed"):
         _example(launcher, tmp_path / "stock.py", *arguments, "--output_dir", str(tmp_path / "stock"))
     arguments += ["--fsdp"] if engine == "fsdp" else []
     out = _example(launcher, EXAMPLES / "trainer.py", *arguments, "--output_dir", str(tmp_path / "zo"))

@@ -158,7 +158,7 @@ def test_orthonormal_directions_keep_the_size_and_have_the_mean_of_a_gradient() 
     """E |z|^2 is the number of elements, and E <g, z> z = g over refreshes; a subspace sees its part of g."""
     draws, shapes = 2000, {"w": torch.Size((3, 4))}
     options = zo_dist.LowRank(rank=2, refresh=1, orthonormal=True)
-    noise = LowRankNoise("gaussian", 1, False, options, shapes)
+    noise = LowRankNoise("gaussian", 1, True, options, shapes)
     all_z = torch.stack([noise.values("w", step, 0, 0, 12) for step in range(draws)]).double()
     # |z|^2 is 12 / 4 of a sum of 4 squares: of a mean of 12 and a variance of 9 * 8.
     sizes = all_z.square().sum(1)
@@ -169,7 +169,7 @@ def test_orthonormal_directions_keep_the_size_and_have_the_mean_of_a_gradient() 
     assert bool((error < 5 * deviation).all())
     assert float(deviation.max()) < 0.2
     # Within one subspace of 2 x 2 of the 3 x 4 dimensions, 12 / 4 times the part of the gradient in it.
-    noise = LowRankNoise("gaussian", 1, False, zo_dist.LowRank(rank=2, orthonormal=True), shapes)
+    noise = LowRankNoise("gaussian", 1, True, zo_dist.LowRank(rank=2, orthonormal=True), shapes)
     within = torch.stack([noise.values("w", step, 0, 0, 12) for step in range(1000)]).double()
     taken = (within @ gradient).unsqueeze(1) * within
     q, _ = torch.linalg.qr(within[:4].T)

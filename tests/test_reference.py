@@ -135,17 +135,24 @@ def test_dense_steps_of_one_row_per_direction_have_the_bits_of_the_reference(
             assert torch.equal(weight, reference.weights()[name]), name
 
 
-@pytest.mark.parametrize("law", list(table.NOISES))
-@pytest.mark.parametrize(("dtype", "rounding"), table.WRITES)
-@pytest.mark.parametrize("sampler", list(table.SAMPLERS))
-def test_given_losses_leave_the_bits_of_the_reference(
-    sampler: str, dtype: str, rounding: str, law: str
-) -> None:
-    kind = table.dtype_of(dtype)
-    reference, tested = both(
-        "sequential", sampler, 3, kind, noise=law, rounding=rounding, self_check=False
-    )  # fmt: skip
-    losses = {mode: Injected(mode, 3) for mode in (*tested, "reference")}
+# Each pair of values of different columns is in one of the runs.
+GIVEN = table.all_pairs(
+    table.WRITES,
+    tuple(table.NOISES),
+    tuple(table.SAMPLERS),
+    table.DIRECTIONS,
+    tuple(table.ESTIMATORS),
+)
+
+
+@pytest.mark.parametrize("row", GIVEN, ids=str)
+def test_given_losses_leave_the_bits_of_the_reference(row: tuple[Any, ...]) -> None:
+    (dtype, rounding), law, sampler, directions, estimator = row
+    kind, estimator = table.dtype_of(dtype), table.estimator_for(sampler, estimator)
+    options = {"noise": law, "rounding": rounding, "estimator": estimator, "self_check": False}
+    reference, tested = both("sequential", sampler, directions, kind, **options)
+    sides = len(table.ESTIMATORS[estimator].signs)
+    losses = {mode: Injected(mode, directions, sides=sides) for mode in (*tested, "reference")}
     batch = rows_for("sequential", ROWS, dtype=kind)
     with remembered_noise():
         for _ in range(STEPS):

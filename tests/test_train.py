@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_run import environment, launch, result_of, tiny_config, write_config, write_model, write_rows
+import workers
+from tiny_run import launch, result_of, tiny_config, write_config, write_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers import Pool
 
@@ -265,37 +264,26 @@ def test_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: there is no config file 'nowhere.yaml'" in capsys.readouterr().err
 
 
-def _each_rank(command: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell command on 2 ranks; `$RANK` tells them apart."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--no-python"]
-    return subprocess.run(
-        [*launcher, "bash", "-c", command],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(),
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ("{config} optimizer.seed=$RANK", "ranks disagree on the config: optimizer.seed"),
+        (
+            [["{config}", "optimizer.seed=0"], ["{config}", "optimizer.seed=1"]],
+            "ranks disagree on the config: optimizer.seed",
+        ),
         # Rank 0 tells what went wrong on rank 1.
-        ("$([ $RANK = 1 ] && echo none.yaml || echo {config})", "rank 1 failed: there is no config file"),
-        ("{config} train.steps=0", "train.steps is 0"),
+        ([["{config}"], ["none.yaml"]], "rank 1 failed: there is no config file"),
+        ([["{config}", "train.steps=0"]] * 2, "train.steps is 0"),
     ],
     ids=["different settings", "a file missing on one rank", "the same mistake on all"],
 )
-def test_a_mistake_on_some_rank_stops_all(tmp_path: Path, args: str, words: str) -> None:
-    command = f"{sys.executable} -m zo_dist train {args.format(config=write_config(tmp_path))}"
-    # Exit 0 to the launcher, or it would end the other rank instead of letting it end by itself.
-    done = _each_rank(f"{command}; echo exit $?")
-    assert done.stdout.count("exit 2") == 2, done.stdout + done.stderr
-    assert f"error: {words}" in done.stderr.replace("stopped because ", "")
-    assert done.stderr.count("error: ") == 1
+def test_a_mistake_on_some_rank_stops_all(tmp_path: Path, args: list[list[str]], words: str) -> None:
+    config = str(write_config(tmp_path))
+    ended = workers.launch([["train", *(arg.format(config=config) for arg in mine)] for mine in args])
+    errors = "".join(rank.stderr for rank in ended)
+    assert [rank.returncode for rank in ended] == [2, 2], errors
+    assert f"error: {words}" in errors.replace("stopped because ", "")
+    assert errors.count("error: ") == 1
 
 
 def _batches(rank: int, num_ranks: int, rows: int = 23, **options: Any) -> StepBatches:

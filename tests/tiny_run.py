@@ -6,11 +6,11 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import workers
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -85,13 +85,11 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def launch(args: list[str], ranks: int = 2, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """`python -m zo_dist args` under torchrun, on the CPU, one thread per rank."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    # A port of its own, so that runs side by side do not meet.
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "zo_dist", *args]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment(), check=False
-    )
+    """The same command on so many new ranks (see workers.py): the first failure, and what all said."""
+    ended = workers.launch([args] * ranks, timeout)
+    code = next((rank.returncode for rank in ended if rank.returncode), 0)
+    texts = ("".join(rank.stdout for rank in ended), "".join(rank.stderr for rank in ended))
+    return subprocess.CompletedProcess(args, code, *texts)
 
 
 def environment() -> dict[str, str]:

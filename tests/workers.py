@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -23,7 +24,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,7 @@ class Pool:
     def _start(self) -> None:
         if self._workers:
             return
-        _build_once()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["workers_preload"])
-        with _environment(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS), *sys.path])):
-            forkserver.ensure_running()
-        port = _free_port()
+        context, port = _server(), _free_port()
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.num_ranks, port, theirs), daemon=True)
@@ -145,6 +140,42 @@ class Pool:
                 self.stop()
                 pytest.fail(f"a pool of {self.num_ranks} ranks did not start in {_START_TIMEOUT_S} s", False)
             pipe.recv()
+
+
+def launch(commands: list[list[str]], timeout: float = 240.0) -> list[subprocess.CompletedProcess[str]]:
+    """A command for each rank of a job, arguments of `zo-dist` or a script with its own; how each rank ended.
+
+    What torchrun does, for a tenth of the time: new processes that find in their environment what it sets,
+    and no group yet; but forked from the server, so that they are spared the imports. Once a rank has
+    failed the others are ended. That the launchers themselves start what they should is in test_launch.py.
+    """
+    context, port = _server(), _free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank, args in enumerate(commands):
+            place = rank, len(commands), port
+            ranks.append(context.Process(target=_command, args=(args, place, folder), daemon=True))
+            ranks[-1].start()
+        deadline = time.monotonic() + timeout
+        while left := [process.sentinel for process in ranks if process.exitcode is None]:
+            multiprocessing.connection.wait(left, max(0.0, deadline - time.monotonic()))
+            if any(process.exitcode for process in ranks):
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+            if time.monotonic() > deadline:
+                for process in ranks:
+                    process.kill()
+        said = [[Path(folder, f"{rank}.{n}").read_text() for n in (1, 2)] for rank in range(len(ranks))]
+    ends = zip(commands, ranks, said, strict=True)
+    return [subprocess.CompletedProcess(args, p.exitcode or 0, *texts) for args, p, texts in ends]
+
+
+def _server() -> Any:
+    """What starts processes that have imported much already, and compiled what DeepSpeed compiles."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["workers_preload"])
+    with _environment(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS), *sys.path])):
+        forkserver.ensure_running()
+    return context
 
 
 def environment() -> dict[str, str]:
@@ -174,36 +205,39 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[key] = value
 
 
-@cache
-def _build_once() -> None:
-    """Have DeepSpeed compile its operator for CPU ranks before a call with a time limit needs it.
-
-    A rank that is stopped while it compiles leaves a lock behind, on which every later one waits.
-    """
-    if HAVE_DEEPSPEED:
-        load = "from deepspeed.accelerator import get_accelerator as a\n"
-        load += "a().create_op_builder('ShareMemCommBuilder').load()"
-        built = subprocess.run(
-            [sys.executable, "-c", load], env={**os.environ, **environment()}, capture_output=True, text=True
-        )
-        assert built.returncode == 0, built.stdout + built.stderr
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _serve(rank: int, num_ranks: int, port: int, pipe: Any) -> None:
+def _become(rank: int, num_ranks: int, port: int) -> None:
+    """Have this process find what a launcher tells its ranks."""
     import torch
-    import torch.distributed as dist
 
     os.environ.update(environment())
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
     os.environ.update(LOCAL_WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
     torch.set_num_threads(1)
+
+
+def _command(args: list[str], place: tuple[int, int, int], folder: str) -> None:
+    from zo_dist.cli import main
+
+    _become(*place)
+    for number in (1, 2):
+        os.dup2(os.open(f"{folder}/{place[0]}.{number}", os.O_WRONLY | os.O_CREAT), number)
+    if not args[0].endswith(".py"):
+        sys.exit(main(args))
+    sys.argv = args
+    runpy.run_path(args[0], run_name="__main__")
+
+
+def _serve(rank: int, num_ranks: int, port: int, pipe: Any) -> None:
+    import torch.distributed as dist
+
+    _become(rank, num_ranks, port)
+    sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
     dist.init_process_group("gloo", timeout=timedelta(seconds=90))
     pipe.send("ready")
     while True:

@@ -4,11 +4,21 @@ import importlib
 import importlib.util
 
 import torch
-import torch.distributed.fsdp
 import transformers
 
 torch.set_num_threads(1)
-importlib.import_module("zo_dist")
+# What tests and runs import, of which `train` brings most of the package.
+for name in (
+    "workers",
+    "zo_dist.cli",
+    "zo_dist.train",
+    "torch.distributed.fsdp",
+    "accelerate",
+    "datasets",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+):
+    importlib.import_module(name)
 # transformers imports models lazily.
 for kind in (
     "LlamaForCausalLM",
@@ -16,7 +26,11 @@ for kind in (
     "GPT2LMHeadModel",
     "Qwen3ForCausalLM",
     "MixtralForCausalLM",
+    "Trainer",
 ):
     getattr(transformers, kind)
 if importlib.util.find_spec("deepspeed"):
-    importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+    importlib.import_module("deepspeed.runtime.engine")
+    # Its operator for CPU ranks: who is stopped while he compiles leaves a lock on which all others wait.
+    accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
+    accelerator.create_op_builder("ShareMemCommBuilder").load()

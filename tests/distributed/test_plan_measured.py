@@ -35,6 +35,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rounding": "kahan",
     },
     "shard": {"directions": 3, "perturb": "shard"},
+    "directions per row": {"directions": 4, "directions_per_row": 2, "estimator": "one_sided"},
+    "directions per row, shard": {
+        "directions": 4,
+        "directions_per_row": 2,
+        "estimator": "one_sided",
+        "perturb": "shard",
+    },
     "anchor": {"directions": 2, "anchor": {"every": 50}},
     "curvature": {
         "directions": 2,

@@ -55,9 +55,9 @@ def started(path: Path, run: Path, ranks: int = 1, *options: str) -> subprocess.
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *options, "-m", "zo_dist"]
     command += ["train", str(path), f"train.output={run}"]
-    return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # What torchrun gives the others to leave once a rank has failed; 30 s unless it is told.
+    env = environment() | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:

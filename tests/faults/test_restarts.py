@@ -72,8 +72,8 @@ def test_the_others_stop_when_a_rank_dies_and_the_command_goes_on(
     start = time.monotonic()
     os.kill(ranks_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    # torchrun looks every 0.1 s and gives the others 30 s to leave.
-    assert time.monotonic() - start < 45
+    # torchrun looks every 0.1 s.
+    assert time.monotonic() - start < 30
     assert process.returncode != 0
     assert "rank      : 0" in errors
     assert "SIGKILL" in errors

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from zo_dist.noise import Noise
 from zo_dist.optimizer import ZeroOrder
-from zo_dist.probes import StepProbes, rows_of_directions
+from zo_dist.probes import StepProbes, rows_of_groups
 from zo_dist.samplers import Draw
 from zo_dist.tasks import choice_loss, option_nll_loss
 
@@ -264,8 +264,8 @@ class Rows:
     total: int
 
 
-def busiest_rows(total: int, ranks: int, micro: int | None, directions: int) -> tuple[int, int, int]:
-    """`(first, count, forwards)` of the rank with most rows and, in its first forward, most directions.
+def busiest_rows(total: int, ranks: int, micro: int | None, groups: int) -> tuple[int, int, int]:
+    """`(first, count, forwards)` of the rank with most rows and, in its first forward, most groups of directions.
 
     Rank k of N has the rows from k * R // N to (k + 1) * R // N, in forwards of at most `micro`.
     """
@@ -273,7 +273,7 @@ def busiest_rows(total: int, ranks: int, micro: int | None, directions: int) -> 
     most = max(b - a for a, b in itertools.pairwise(bounds))
     count = min(micro or most, most)
     starts = [a for a, b in itertools.pairwise(bounds) if b - a == most]
-    first = max(starts, key=lambda a: len(rows_of_directions(a, count, total, directions)))
+    first = max(starts, key=lambda a: len(rows_of_groups(a, count, total, groups)))
     return first, count, -(-most // count)
 
 

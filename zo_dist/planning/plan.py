@@ -23,7 +23,7 @@ from zo_dist.planning.formulas import Drawn, Memory, Mode, Seconds, Sharded, Tra
 from zo_dist.planning.hardware import Cluster
 from zo_dist.planning.meta import Rows, Traced, busiest_rows, trace_forward, trace_step
 from zo_dist.planning.sharding import ZERO3
-from zo_dist.probes import rows_of_directions
+from zo_dist.probes import rows_of_groups
 from zo_dist.samplers import Dense, Draw
 
 # Draws that the seconds of a step are a mean over, where a sampler leaves arms out.
@@ -173,8 +173,9 @@ class _Subject:
         self.optimizer = self._optimizers["module"]
         self._dense = isinstance(self.optimizer.sampler, Dense)
         self.drawn: Drawn = formulas.drawn_of(self.optimizer)
-        total, directions = config.train.rows, config.optimizer.directions
-        first, rows, self.num_forwards = busiest_rows(total, count, config.train.micro_rows, directions)
+        total, settings = config.train.rows, config.optimizer
+        self._groups = settings.directions // settings.directions_per_row
+        first, rows, self.num_forwards = busiest_rows(total, count, config.train.micro_rows, self._groups)
         self._rows = Rows(rows, length, answer, first, total)
         self._work: dict[str, Work] = {}
         self.facts = self._facts(config.model.source, length, answer)
@@ -215,15 +216,17 @@ class _Subject:
         return Work(worst=worst, forwards=some, rounds=rounds)
 
     def _one_by_one(self) -> Work:
-        """A forward for each probe and micro-batch, on the rows of its direction, or on one that fills in."""
-        optimizer, rows = self.optimizer, self._rows
-        sides = len(optimizer.estimator.signs) * (2 if optimizer.anchor.every else 1)
+        """A forward for each probe and micro-batch, on the rows of its group, or on one that fills in."""
+        optimizer, rows, signs = self.optimizer, self._rows, self.optimizer.estimator.signs
+        # Of the directions of a group, which share their unshifted side.
+        sides = optimizer.directions_per_row * sum(sign != 0.0 for sign in signs) + (0.0 in signs)
+        sides *= 2 if optimizer.anchor.every else 1
         times: Counter[int] = Counter()
         for micro in range(self.num_forwards):
             start = rows.first + micro * rows.count
-            shares = dict(rows_of_directions(start, rows.count, rows.total, optimizer.directions))
-            for direction in range(optimizer.directions):
-                times[shares.get(direction, 1)] += sides
+            shares = dict(rows_of_groups(start, rows.count, rows.total, self._groups))
+            for group in range(self._groups):
+                times[shares.get(group, 1)] += sides
         traces: dict[int, Traced] = {
             n: trace_forward(optimizer, dataclasses.replace(rows, count=n)) for n in sorted(times)
         }

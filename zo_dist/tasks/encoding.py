@@ -1,15 +1,19 @@
 """From examples to tokens, and from tokens to a left-padded batch."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from zo_dist.tasks.base import Example
+
+if TYPE_CHECKING:  # the package is imported without transformers, which takes a second
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

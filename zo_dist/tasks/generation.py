@@ -1,16 +1,21 @@
 """Texts that the model writes, and their scores: transformers' `generate`, greedy, with a KV cache."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from zo_dist.engines import forwards_in_step
 from zo_dist.params import evaluating
 from zo_dist.tasks.metrics import f1
 from zo_dist.tasks.scoring import Batch, contiguous_head_input, unwrap
+
+if TYPE_CHECKING:  # the package is imported without transformers, which takes a second
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 # One number for a text and the answers that count as right.
 TextMetric = Callable[[str, Sequence[str]], float]
@@ -53,6 +58,8 @@ class TextGenerator:
         return [(text.partition(self.stop)[0] if self.stop else text).strip() for text in texts]
 
     def _config(self) -> GenerationConfig:
+        from transformers import GenerationConfig
+
         pad = self.tokenizer.pad_token_id
         return GenerationConfig(  # type: ignore[no-untyped-call,unused-ignore]
             max_new_tokens=self.max_new_tokens,
