@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -94,8 +95,8 @@ def test_a_log_of_another_sampler_is_not_explained(runs: dict[str, Path], tmp_pa
     reader = TrajectoryReader(tmp_path / "trajectory.zo")
     records = list(reader)
     arms = tuple(tuple(arm for arm in range(NUM_ARMS) if arm not in drawn) for drawn in records[2].arms)
-    scales = tuple((1.0,) * len(drawn) for drawn in arms)
-    other = StepRecord(2, records[2].lr, records[2].slopes, arms, scales, records[2].losses)
+    weights = tuple((1.0,) * len(drawn) for drawn in arms)
+    other = dataclasses.replace(records[2], arms=arms, weights=weights)
     with TrajectoryWriter(tmp_path / "trajectory.zo", reader.header) as log:
         for record in (*records[:2], other):
             log.append(record)
@@ -171,7 +172,7 @@ def stored(folder: Path, runs: dict[str, Path], records: list[StepRecord], **set
 
 
 def record(step: int, slope: float, losses: tuple[float, float] = (0.7, 0.7)) -> StepRecord:
-    return StepRecord(step, 1e-3, (slope,), (tuple(range(NUM_ARMS)),), ((1.0,) * NUM_ARMS,), losses)
+    return StepRecord(step, 1e-3, (slope,), (tuple(range(NUM_ARMS)),), (slope,), ((1.0,) * NUM_ARMS,), losses)
 
 
 def test_what_is_worrying_is_found(runs: dict[str, Path], tmp_path: Path) -> None:

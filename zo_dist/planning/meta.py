@@ -265,7 +265,7 @@ class Rows:
 
 
 def busiest_rows(total: int, ranks: int, micro: int | None, groups: int) -> tuple[int, int, int]:
-    """`(first, count, forwards)` of the rank with most rows and, in its first forward, most groups of directions.
+    """`(first, count, forwards)` of the rank with most rows and, in its first forward, most groups.
 
     Rank k of N has the rows from k * R // N to (k + 1) * R // N, in forwards of at most `micro`.
     """
