@@ -48,6 +48,7 @@ def show(plan: Plan, console: Console) -> None:
                 f"{planned.name}, perturb {planned.mode.perturb}: {host:.0f} GiB in each node's own memory"
             )
     console.print("kept: the state of the rule and such, what kahan keeps, the snapshot of perturb: shard")
+    console.print("total: the larger of the forward, which has the columns before it, and of the write")
     console.print("seconds: gathers hidden behind computing, to nothing hidden. Assumed:")
     for line in plan.assumed:
         console.print(f"  - {line}")
@@ -74,5 +75,5 @@ def _cells(planned: Planned) -> list[str]:
         "yes" if planned.fits else "no",
         f"{sent.received / 1e9:.1f}",
         str(sent.gathers),
-        f"{taken.hidden:.2f} - {taken.apart:.2f}",
+        f"{taken.hidden:.2g} - {taken.apart:.2g}",
     ]
