@@ -54,7 +54,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(kind: str = "llama", layers: int = 3) -> Any:
+def make_model(kind: str = "llama", layers: int = 3, spread: float = 0.5) -> Any:
     """Random enough that greedy texts differ between rows."""
     torch.manual_seed(1)
     size: dict[str, Any] = {"vocab_size": 14, "pad_token_id": 0, "eos_token_id": END, "bos_token_id": END}
@@ -65,7 +65,7 @@ def make_model(kind: str = "llama", layers: int = 3) -> Any:
         model = LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=layers, num_key_value_heads=2))
     with torch.no_grad():
         for param in model.parameters():
-            param.add_(0.5 * torch.randn_like(param))
+            param.add_(spread * torch.randn_like(param))
     return model.eval()
 
 
@@ -300,7 +300,7 @@ def write_run(folder: Path, **train: Any) -> Path:
     """Questions whose answer is the thing's colour, a tiny model, and a config that lowers 1 - F1."""
     import yaml
 
-    make_model(layers=1).save_pretrained(folder / "model")
+    make_model(layers=1, spread=0.2).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     rows = [{"input": f"{WORDS[i % 5]} {WORDS[(i // 5) % 5]}", "target": ["yes"]} for i in range(40)]
     (folder / "rows.json").write_text(json.dumps({"examples": rows}))
@@ -316,10 +316,10 @@ def write_run(folder: Path, **train: Any) -> Path:
         },
         "optimizer": {"lr": 0.05, "eps": 0.05, "directions": 8},
         "train": {
-            "steps": 12,
+            "steps": 20,
             "objective": "f1",
             "rows": 16,
-            "eval_every": 6,
+            "eval_every": 10,
             "tensorboard": False,
             "output": str(folder / "run"),
             **train,

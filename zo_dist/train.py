@@ -223,7 +223,7 @@ def run_learning(config: Config, learning: Learning, out: Path, ranks: Engine) -
     """Learn a scale on the config's model and training rows, in float32, and write it to `out`."""
     require_one_process(ranks)
     model = dataclasses.replace(config.model, dtype="float32")
-    whole = dataclasses.replace(config.train, micro_rows=None)
+    whole = dataclasses.replace(config.train, micro_rows=None, objective="loss")
     config = dataclasses.replace(config, model=model, engine=EngineConfig(), train=whole)
     prepared = prepare(config, ranks)
     engine = select(prepared.model)
