@@ -88,8 +88,8 @@ def count_rows(
     total = int(counts[:, 0].sum())
     if total * per_row < directions:
         raise ValueError(
-            f"{directions} directions need at least {directions // per_row} rows, {per_row} for each "
-            f"row, but all ranks together have {total}; lower directions, give more rows, or raise "
+            f"{directions} directions need at least {directions // per_row} rows per step (each tests "
+            f"{per_row}), but all ranks together have {total}; lower directions, give more rows, or raise "
             "directions_per_row"
         )
     return int(counts[: engine.rank, 0].sum()), total, int(counts[:, 1].max())
