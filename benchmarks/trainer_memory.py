@@ -10,6 +10,7 @@ model: evaluations of the rows and of twice as many are both measured, each befo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from typing import Any
@@ -33,12 +34,13 @@ def main() -> None:
     rows = texts(2 * options.rows, options.length, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
 
-        def trainer(count: int, directions: int = 1) -> Any:
+        def trainer(count: int, directions: int = 1, micro_batches: int = 1) -> Any:
             args = TrainingArguments(
                 output_dir=folder,
                 use_cpu=device.type == "cpu",
                 max_steps=options.steps,
-                per_device_train_batch_size=count,
+                per_device_train_batch_size=count // micro_batches,
+                gradient_accumulation_steps=micro_batches,
                 per_device_eval_batch_size=count,
                 learning_rate=1e-6,
                 save_strategy="no",
@@ -52,9 +54,9 @@ def main() -> None:
         peaks = {}
         for count in (options.rows, 2 * options.rows):
             peaks[f"evaluation of {count} rows"] = memory.peak_bytes(trainer(count).evaluate, device) - before
-        for directions in options.directions:
-            work = trainer(options.rows, directions).train
-            name = f"ZOTrainer, {options.rows} rows, {directions} directions"
+        for directions, micro_batches in itertools.product(options.directions, (1, 2)):
+            work = trainer(options.rows, directions, micro_batches).train
+            name = f"ZOTrainer, {options.rows} rows in {micro_batches} micro-batches, {directions} directions"
             peaks[name] = memory.peak_bytes(work, device) - before
     first, second, *_ = peaks.values()
     for name, peak in peaks.items():
