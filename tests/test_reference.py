@@ -140,19 +140,19 @@ GIVEN = table.all_pairs(
     table.WRITES,
     tuple(table.NOISES),
     tuple(table.SAMPLERS),
-    table.DIRECTIONS,
+    table.GROUPED,
     tuple(table.ESTIMATORS),
 )
 
 
 @pytest.mark.parametrize("row", GIVEN, ids=str)
 def test_given_losses_leave_the_bits_of_the_reference(row: tuple[Any, ...]) -> None:
-    (dtype, rounding), law, sampler, directions, estimator = row
+    (dtype, rounding), law, sampler, (directions, per_row), estimator = row
     kind, estimator = table.dtype_of(dtype), table.estimator_for(sampler, estimator)
     options = {"noise": law, "rounding": rounding, "estimator": estimator, "self_check": False}
-    reference, tested = both("sequential", sampler, directions, kind, **options)
-    sides = len(table.ESTIMATORS[estimator].signs)
-    losses = {mode: Injected(mode, directions, sides=sides) for mode in (*tested, "reference")}
+    reference, tested = both("sequential", sampler, directions, kind, per_row, **options)
+    known = {"estimator": estimator, "per_row": per_row}
+    losses = {mode: Injected(mode, directions, **known) for mode in (*tested, "reference")}
     batch = rows_for("sequential", ROWS, dtype=kind)
     with remembered_noise():
         for _ in range(STEPS):
