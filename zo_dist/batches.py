@@ -46,7 +46,7 @@ class StepBatches:
             length_pool,
             seed,
         )
-        self._first, self._stop = (k * rows_per_step // num_ranks for k in (rank, rank + 1))
+        self._first, self._stop = rows_of_rank(rank, num_ranks, rows_per_step)
         self._micro_rows = micro_rows or rows_per_step
         self._pad_id, self._fast, self._device, self._prompts = pad_id, fast, device, prompts
         self._epoch, self._order = -1, list[list[int]]()
@@ -88,6 +88,11 @@ class StepBatches:
         if self._prompts:
             return to_device(collate_prompts(rows, self._pad_id), self._device)
         return to_device(collate(rows, self._pad_id, fast=self._fast), self._device)
+
+
+def rows_of_rank(rank: int, num_ranks: int, rows: int) -> tuple[int, int]:
+    """The first of a rank's rows of a step, and the one after its last."""
+    return rank * rows // num_ranks, (rank + 1) * rows // num_ranks
 
 
 def row_length(row: EncodedRow) -> int:

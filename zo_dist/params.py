@@ -132,7 +132,7 @@ def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
         raise ValueError("the model has no trainable parameter; set requires_grad=True on those to train")
     seen: set[str] = set()
     for param, name in names.items():
-        if name not in stored_parts(name, param):
+        if is_quantised(param):
             raise ValueError(
                 f"parameter {name} is stored quantised ({type(param).__name__}), in steps wider than a shift "
                 "by eps; set requires_grad=False on it and train an adapter beside it (PEFT's LoRA)"
@@ -148,9 +148,14 @@ def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
     return [Param(names[p], p, shape_of(p), tuple(o)) for p, o in owners.items()]
 
 
+def is_quantised(param: Tensor) -> bool:
+    """Is it stored in several tensors (torchao)?"""
+    return is_traceable_wrapper_subclass(param) and type(param).__name__ != "DTensor"
+
+
 def stored_parts(name: str, param: Tensor) -> dict[str, Any]:
     """What a parameter is stored in, by name: itself, or the tensors of a quantised one (torchao)."""
-    if not is_traceable_wrapper_subclass(param) or type(param).__name__ == "DTensor":
+    if not is_quantised(param):
         return {name: param}
     parts: dict[str, Any] = {}
     flattened: Any = param

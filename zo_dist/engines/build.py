@@ -11,10 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zo_dist.engines.ds_config import DsConfig
-from zo_dist.params import find_layers
+from zo_dist.params import find_layers, is_quantised
 
 
 def require_process_group(kind: str) -> None:
@@ -70,8 +69,7 @@ def shard_with_fsdp2(
             fully_shard(layer, **options)
         fully_shard(module, **options)
     except NotImplementedError as error:
-        kinds = {type(p).__name__ for p in module.parameters() if is_traceable_wrapper_subclass(p)}
-        kinds.discard("DTensor")
+        kinds = {type(p).__name__ for p in module.parameters() if is_quantised(p)}
         if not kinds:
             raise
         raise ValueError(

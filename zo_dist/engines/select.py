@@ -14,7 +14,7 @@ def select(model: nn.Module) -> Engine:
     Raises ValueError, with the remedy, for what cannot be trained here: FSDP1, ZeRO-3 parameters
     outside a DeepSpeed engine, ZeRO++ forms that hide or quantise the written shard.
     """
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     from zo_dist.engines.fsdp2 import FSDP2Engine
     from zo_dist.engines.replicated import ReplicatedEngine
@@ -30,12 +30,12 @@ def select(model: nn.Module) -> Engine:
         from zo_dist.engines.deepspeed import zero_engine
 
         return zero_engine(model)
-    if any(hasattr(p, "ds_id") for p in module.parameters()):
+    if _by_zero3(module):
         raise ValueError(
             "the parameters are partitioned by ZeRO-3, but the model is not a DeepSpeed engine; pass "
             "the engine that deepspeed.initialize(model=..., config=...) returns"
         )
-    if any(isinstance(m, FSDPModule) for m in module.modules()):
+    if _by_fsdp2(module):
         return FSDP2Engine(module)
     return ReplicatedEngine(module)
 
@@ -47,9 +47,17 @@ def forwards_in_step(module: nn.Module) -> bool:
     (generation) has to keep the ranks together then.
     """
     from torch import distributed as dist
-    from torch.distributed.fsdp import FSDPModule
 
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return False
-    sharded = any(isinstance(m, FSDPModule) for m in module.modules())
-    return sharded or any(hasattr(p, "ds_id") for p in module.parameters())
+    return _by_fsdp2(module) or _by_zero3(module)
+
+
+def _by_fsdp2(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(m, FSDPModule) for m in module.modules())
+
+
+def _by_zero3(module: nn.Module) -> bool:
+    return any(hasattr(p, "ds_id") for p in module.parameters())

@@ -27,7 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "train": {"steps": 1000},
 }
 _FIGURES = [field.name for field in fields(GPU) if field.name != "source"]
-_ENGINES = {"replicated": "replicated", "fsdp2": "fsdp2", "zero3": "zero3"}
+_ENGINES = ("replicated", "fsdp2", "zero3")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,13 +179,13 @@ def _engines(
     if args.engine is None and args.offload:
         raise ValueError("--offload goes with --engine fsdp2 or zero3")
     if args.engine is not None:
-        if engines is not None and _ENGINES[args.engine] not in engines:
+        if engines is not None and args.engine not in engines:
             raise ValueError(
                 f"--engine is {args.engine}, but the config asks for {', '.join(engines)}: drop one of them"
             )
         if args.offload and args.engine == "replicated":
             raise ValueError("--offload goes with --engine fsdp2 or zero3: replicated weights are on the GPU")
-        engines = engines or {_ENGINES[args.engine]: bool(args.offload)}
+        engines = engines or {args.engine: bool(args.offload)}
     return engines, ds, path
 
 

@@ -8,7 +8,6 @@ stores no scores; and a branch on data (is any row padded?), which is taken as F
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from zo_dist.batches import rows_of_rank
 from zo_dist.noise import Noise
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.probes import StepProbes, rows_of_groups
@@ -267,12 +267,12 @@ class Rows:
 def busiest_rows(total: int, ranks: int, micro: int | None, groups: int) -> tuple[int, int, int]:
     """`(first, count, forwards)` of the rank with most rows and, in its first forward, most groups.
 
-    Rank k of N has the rows from k * R // N to (k + 1) * R // N, in forwards of at most `micro`.
+    Each rank has those of `rows_of_rank`, in forwards of at most `micro`.
     """
-    bounds = [k * total // ranks for k in range(ranks + 1)]
-    most = max(b - a for a, b in itertools.pairwise(bounds))
+    shares = [rows_of_rank(rank, ranks, total) for rank in range(ranks)]
+    most = max(b - a for a, b in shares)
     count = min(micro or most, most)
-    starts = [a for a, b in itertools.pairwise(bounds) if b - a == most]
+    starts = [a for a, b in shares if b - a == most]
     first = max(starts, key=lambda a: len(rows_of_groups(a, count, total, groups)))
     return first, count, -(-most // count)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zo_dist.files import naming
+from zo_dist.files import write_whole
 from zo_dist.report import costs, learning
 from zo_dist.report.chart import Chart
 from zo_dist.report.history import History
@@ -39,8 +39,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     alone = out.suffix == ".html"
     path = out if alone else out / PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path):
-        path.write_text(page, encoding="utf-8")
+    write_whole(path, page.encode())
     pictures = (
         [] if alone else [str(save([chart], out / f"{chart.key}.png")) for chart in charts if chart.marks]
     )

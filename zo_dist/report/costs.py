@@ -6,13 +6,13 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from zo_dist.report.chart import Bars, Chart, Line, Style, thinned
-from zo_dist.report.history import History
+from zo_dist.report.chart import Bars, Chart, Style
+from zo_dist.report.history import History, line
 
-# In the order of a step; `rest` is what none of these is.
-PARTS = ("data", "perturb", "forward", "agree", "update", "evaluate", "save", "rest")
-# What is no part of a step.
+# Of a step, in its order, and between steps; `rest` is what none of these is.
+OF_A_STEP = ("data", "perturb", "forward", "agree", "update")
 _BETWEEN = ("evaluate", "save")
+PARTS = (*OF_A_STEP, *_BETWEEN, "rest")
 
 _WAITING, _SLOWER, _GROWN, _APART = 0.2, 1.3, 1.1, 1.25
 
@@ -74,8 +74,7 @@ def time_by_step(runs: Sequence[History]) -> Chart:
                 x.append(step)
                 y.append(max(0.0, seconds - before[1] - between) / (step - before[0]))
             before = step, seconds
-        times = [run.seconds_at(step) for step in thinned(x)]
-        marks.append(Line(name=run.name, x=thinned(x), y=thinned(y), seconds=times, run=number))
+        marks.append(line(run, number, "", x, y))
         quarter = len(y) // 4
         if quarter >= 10:
             early, late = statistics.median(y[:quarter]), statistics.median(y[-quarter:])
@@ -103,15 +102,13 @@ def memory(runs: Sequence[History]) -> Chart:
             told = [(float(e["step"]), e[key]) for e in run.of("step") if e.get(key) and None not in e[key]]
             if not told:
                 continue
-            x = thinned([step for step, _ in told])
+            x = [step for step, _ in told]
             most = [max(ranks) / 1e9 for _, ranks in told]
             least = [min(ranks) / 1e9 for _, ranks in told]
-            times = [run.seconds_at(step) for step in x]
             lines: list[tuple[str, list[float], Style]] = [("largest rank", most, "line")]
             lines += [("smallest rank", least, "dashes")] if most != least else []
             for name, y, style in lines:
-                label = f"{run.name}: {what}, {name}"
-                marks.append(Line(name=label, x=x, y=thinned(y), seconds=times, run=number, style=style))
+                marks.append(line(run, number, f"{what}, {name}", x, y, style))
             # Of one process: the next one's peak is another.
             mine = [gb for (step, _), gb in zip(told, most, strict=True) if step > run.processes[-1].began]
             if len(mine) >= 20 and mine[-1] > _GROWN * mine[len(mine) // 2]:

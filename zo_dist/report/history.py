@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from zo_dist.anchor import Anchored
 from zo_dist.config import Config
 from zo_dist.noise import Noise
+from zo_dist.report.chart import Line, Style, thinned
 from zo_dist.resume import LOG
 from zo_dist.runlog import METRICS, read_metrics
 from zo_dist.samplers import Bandit
@@ -66,11 +67,6 @@ class History:
 
     def evals(self, split: str) -> list[dict[str, Any]]:
         return [e for e in self.of("eval") if e["split"] == split]
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """`{"section.key": value}` of the config."""
-        return self.config.flat()
 
     @property
     def skipped(self) -> list[int]:
@@ -160,3 +156,19 @@ def _end_of(events: list[dict[str, Any]]) -> str:
         return ""
     error, reason = stops[-1]["error"], stops[-1]["reason"]
     return reason if error in (None, "Interrupted") else f"{error}: {reason}"
+
+
+def line(
+    run: History, number: int, name: str, x: Sequence[float], y: Sequence[float], style: Style = "line"
+) -> Line:
+    """A line over the steps of a run, with the training time of each point. A run's only one has no name."""
+    few, of_few = thinned(x), thinned(y)
+    times = [run.seconds_at(step) for step in few]
+    return Line(
+        name=f"{run.name}: {name}" if name else run.name,
+        x=few,
+        y=of_few,
+        seconds=times,
+        run=number,
+        style=style,
+    )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from zo_dist.report.chart import Bars, Chart, Heat, Line, Style, bins, mean, thinned
-from zo_dist.report.history import History
+from zo_dist.report.history import History, line
 from zo_dist.tasks import get_task
 
 # What is named in the texts: above these a chart says so.
@@ -22,10 +22,10 @@ def loss(runs: Sequence[History]) -> Chart:
     for number, run in enumerate(runs):
         steps = [r.step + 1.0 for r in run.records]
         losses = [mean(r.losses) for r in run.records]
-        marks.append(_line(run, number, "steps", steps, losses, "faint"))
+        marks.append(line(run, number, "steps", steps, losses, "faint"))
         if len(losses) >= 120:
             smooth = thinned(steps, 60), thinned(losses, 60)
-            marks.append(_line(run, number, "steps, mean", *smooth))
+            marks.append(line(run, number, "steps, mean", *smooth))
         marks += _evaluations(run, number, "loss")
         scores = [e["loss"] for e in run.evals("test")]
         if len(scores) > 1 and None not in scores and scores[-1] > scores[0]:
@@ -68,12 +68,12 @@ def learning_rate(runs: Sequence[History]) -> Chart:
     marks = []
     for number, run in enumerate(runs):
         steps = [r.step + 1.0 for r in run.records]
-        marks.append(_line(run, number, "lr", steps, [r.lr for r in run.records]))
+        marks.append(line(run, number, "lr", steps, [r.lr for r in run.records]))
         told = [e for e in run.of("step") if e["lr_factor"] not in (None, 1.0) and e["lr"] is not None]
         if told:
             scaled = [e["lr"] * e["lr_factor"] for e in told]
             marks.append(
-                _line(run, number, "lr x lr_factor", [float(e["step"]) for e in told], scaled, "dashes")
+                line(run, number, "lr x lr_factor", [float(e["step"]) for e in told], scaled, "dashes")
             )
     return Chart(
         key="learning-rate",
@@ -96,8 +96,8 @@ def slopes(runs: Sequence[History]) -> Chart:
                 x.append((a + 1 + b) / 2.0)
                 typical.append(sizes[len(sizes) // 2])
                 largest.append(sizes[-1])
-        marks.append(_line(run, number, "median", x, typical))
-        marks.append(_line(run, number, "largest", x, largest, "faint"))
+        marks.append(line(run, number, "median", x, typical))
+        marks.append(line(run, number, "largest", x, largest, "faint"))
     return Chart(
         key="slopes",
         title="Size of the coefficients",
@@ -170,7 +170,7 @@ def sides(runs: Sequence[History]) -> Chart:
             if ratios:
                 x.append(mean([r.step + 1.0 for r in written[a:b]]))
                 y.append(ratios[len(ratios) // 2])
-        marks.append(_line(run, number, "median", x, y))
+        marks.append(line(run, number, "median", x, y))
         all_slopes = [s for r in written for s in r.slopes]
         zeros = sum(s == 0.0 for s in all_slopes) / max(len(all_slopes), 1)
         if zeros > _ZEROS:
@@ -274,11 +274,3 @@ def _evaluations(run: History, number: int, key: str) -> list[Line]:
             )
         )
     return [line for line in lines if len(line.x)]
-
-
-def _line(
-    run: History, number: int, name: str, x: Sequence[float], y: Sequence[float], style: Style = "line"
-) -> Line:
-    few, of_few = thinned(x), thinned(y)
-    times = [run.seconds_at(step) for step in few]
-    return Line(name=f"{run.name}: {name}", x=few, y=of_few, seconds=times, run=number, style=style)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zo_dist.report.costs import spent
+from zo_dist.report.costs import OF_A_STEP, spent
 from zo_dist.report.history import History
 from zo_dist.tasks import get_task
 
@@ -59,7 +59,7 @@ def _summary_of(run: History) -> dict[str, str]:
 
 
 def _share(seconds: dict[str, float]) -> str:
-    step = sum(seconds.get(part, 0.0) for part in ("data", "perturb", "forward", "agree", "update"))
+    step = sum(seconds.get(part, 0.0) for part in OF_A_STEP)
     return f"{seconds['forward'] / step:.0%} of a step" if step else "not recorded"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,14 +11,11 @@ from torch import Tensor, nn
 
 from zo_dist.engines import forwards_in_step
 from zo_dist.params import evaluating
-from zo_dist.tasks.metrics import f1
-from zo_dist.tasks.scoring import Batch, contiguous_head_input, unwrap
+from zo_dist.tasks.metrics import TextMetric, f1
+from zo_dist.tasks.scoring import Batch, base_model, contiguous_head_input
 
 if TYPE_CHECKING:  # the package is imported without transformers, which takes a second
     from transformers import GenerationConfig, PreTrainedTokenizerBase
-
-# One number for a text and the answers that count as right.
-TextMetric = Callable[[str, Sequence[str]], float]
 
 
 @dataclass(frozen=True)
@@ -41,12 +38,12 @@ class TextGenerator:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: Batch) -> list[str]:
-        module = model if hasattr(model, "generate") else unwrap(model)
+        module = model if hasattr(model, "generate") else base_model(model)
         generate = getattr(module, "generate", None)
         if generate is None:
             raise ValueError(f"{type(module).__name__} has no generate: texts need a transformers model")
         prompts = batch["input_ids"]
-        with evaluating(module), contiguous_head_input(unwrap(model)):
+        with evaluating(module), contiguous_head_input(base_model(model)):
             tokens = generate(
                 input_ids=prompts,
                 attention_mask=batch["attention_mask"],

@@ -5,6 +5,9 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+# One number for a text and the answers that count as right.
+TextMetric = Callable[[str, Sequence[str]], float]
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -38,4 +41,4 @@ def _f1(words: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 # How generated texts are scored, by the names that tasks and `train.objective` use.
-TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {"f1": f1, "em": exact_match}
+TEXT_METRICS: dict[str, TextMetric] = {"f1": f1, "em": exact_match}

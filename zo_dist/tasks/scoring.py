@@ -146,7 +146,7 @@ def _token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
     """The model's logits in the last `keep` columns: [N, keep, V] in the model's dtype."""
-    accepted = inspect.signature(unwrap(model).forward).parameters
+    accepted = inspect.signature(base_model(model).forward).parameters
     options: dict[str, object] = {}
     if "position_ids" in accepted:
         # Counted from the first real token: with learned positions, as in GPT-2, a row's result
@@ -154,7 +154,7 @@ def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, ke
         options["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = keep
-    with contiguous_head_input(unwrap(model)):
+    with contiguous_head_input(base_model(model)):
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
     logits: Tensor = output.logits
     return logits[:, -keep:]
@@ -179,7 +179,7 @@ def contiguous_head_input(module: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
     """The user's own module inside DDP, a DeepSpeed engine, torch.compile and PEFT.
 
     Wrappers pass every keyword on without naming it: only the module itself tells what it takes.
