@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
 import random
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import table
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import philox4x32, rademacher, round_to, rounding_bits
 
-from zo_dist import generator, kernels
+from zo_dist import generator, kernels, native
 from zo_dist.generator import philox
 from zo_dist.noise import Noise
 
@@ -167,6 +170,31 @@ def test_native_and_eager_forms_give_the_same_bits(
             made.append(uses(function, dtype, size, offset))
     for a, b in zip(*made, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 is of x86")
+def test_native_code_without_avx512_gives_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -mno-avx512f\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("ZO_DIST_CACHE", str(tmp_path))
+    wide = native.library()
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", str(compiler))
+        narrow = native.library.__wrapped__()
+    assert wide is not None
+    assert narrow is not None
+    assert narrow._name != wide._name
+    for law, dtype in itertools.product(table.LAWS, (torch.float32, torch.bfloat16, torch.float16)):
+        for size, offset in ((9000, 13), (2048, 2**33)):
+            made = []
+            for library in (wide, narrow):
+                with mock.patch.object(native, "library", return_value=library):
+                    made.append(uses(Noise(law, 3, compile=True), dtype, size, offset))  # type: ignore[arg-type]
+            for a, b in zip(*made, strict=True):
+                assert torch.equal(a, b)
 
 
 @pytest.mark.slow

@@ -28,40 +28,30 @@ def _rademacher(words: Tensor) -> Tensor:
 
 
 def _log(u: Tensor) -> Tensor:
-    """Natural logarithm of float32 in (0, 1]; polynomial of Cephes `logf` (S. Moshier)."""
-    bits = u.view(torch.int32)
-    exponent = ((bits >> 23) - 127).to(torch.float32)
-    mantissa = ((bits & 0x007FFFFF) | 0x3F800000).view(torch.float32)
-    high = mantissa > math.sqrt(2.0)
-    mantissa = torch.where(high, mantissa * 0.5, mantissa)
-    exponent = torch.where(high, exponent + 1.0, exponent)
-    f = mantissa - 1.0
-    square = f * f
-    p = f * 7.0376836292e-2 - 1.1514610310e-1
-    for c in (
-        1.1676998740e-1,
-        -1.2420140846e-1,
-        1.4249322787e-1,
-        -1.6668057665e-1,
-        2.0000714765e-1,
-        -2.4999993993e-1,
-        3.3333331174e-1,
-    ):
-        p = p * f + c
-    tail = p * f * square - exponent * 2.12194440e-4 - square * 0.5
+    """Natural logarithm of float32 in (0, 1]; polynomial of Cephes `logf` (S. Moshier), in Estrin's order."""
+    # The integers from sqrt(1/2) on, whose upper bits count octaves: no choice has to be made.
+    bits = u.view(torch.int32) - 0x3F3504F3
+    exponent = (bits >> 23).to(torch.float32)
+    f = ((bits & 0x007FFFFF) + 0x3F3504F3).view(torch.float32) - 1.0
+    f2 = f * f
+    f4 = f2 * f2
+    a, b = f * -2.4999993993e-1 + 3.3333331174e-1, f * -1.6668057665e-1 + 2.0000714765e-1
+    c, d = f * -1.2420140846e-1 + 1.4249322787e-1, f * -1.1514610310e-1 + 1.1676998740e-1
+    p = (b * f2 + a) + ((d * f2 + c) + f4 * 7.0376836292e-2) * f4
+    tail = p * f * f2 - (exponent * 2.12194440e-4 + f2 * 0.5)
     return (f + tail) + exponent * 0.693359375
 
 
 def _gaussian(words: Tensor) -> Tensor:
     """float32 `[tiles, 2, 256]` (cosine or sine, pair) of int32 `[tiles, 512]`, by Box-Muller.
 
-    Radius and angle each take 32 random bits; |z| < 6.8. The polynomials for sine and cosine on
+    The radius takes 31 random bits and the angle 32; |z| < 6.7. The polynomials for sine and cosine on
     [-pi/4, pi/4] are those of Cephes `sinf` and `cosf`.
     """
     radial, angular = words[:, :256], words[:, 256:]
-    # A 32-bit word as float32, moved into (0, 1): int32 is signed, hence the 0.5.
-    u = radial.to(torch.float32) * 2.0**-32 + (0.5 + 2.0**-33)
-    square = _log(torch.clamp(u, min=2.0**-33, max=1.0 - 2.0**-24)) * -2.0
+    # In [2^-32, 1 - 2^-24]: with a factor of 2^-31 the largest words would give 1, and a radius of 0/0.
+    u = (radial & 0x7FFFFFFF).to(torch.float32) * (2.0**-31 - 2.0**-55) + 2.0**-32
+    square = _log(u) * -2.0
     # Not sqrt: eager torch hands that to a vendor library that rounds its own way.
     radius = square * torch.rsqrt(square)
     quadrant = angular & 3

@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -70,6 +73,46 @@ struct Stream {
 };
 
 // The first words of N blocks, then their second ones, and so on. Philox4x32-10, see generator.py.
+#ifdef __AVX512F__
+// 64-bit lanes whose upper halves are left dirty: the products read the lower ones alone. Compilers widen and
+// narrow at each of them, which takes three times as long.
+template <int N>
+inline void philox(const Stream& s, uint64_t first, uint32_t (&x)[4 * N]) {
+    constexpr int LANES = 8, ABREAST = N % 16 ? 1 : 2;
+    static_assert(N % LANES == 0);
+    const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
+    for (int i = 0; i < N; i += LANES * ABREAST) {
+        __m512i x0[ABREAST], x1[ABREAST], x2[ABREAST], x3[ABREAST];
+        for (int h = 0; h < ABREAST; h++) {
+            const __m512i start = _mm512_set1_epi64(int64_t(first) + i + h * LANES);
+            x0[h] = _mm512_add_epi64(start, _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
+            x1[h] = _mm512_srli_epi64(x0[h], 32);
+            x2[h] = _mm512_set1_epi64(s.step), x3[h] = _mm512_set1_epi64(s.word);
+        }
+        uint32_t k0 = s.key0, k1 = s.key1;
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; round++) {
+            const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
+            for (int h = 0; h < ABREAST; h++) {
+                const __m512i p0 = _mm512_mul_epu32(m0, x0[h]), p1 = _mm512_mul_epu32(m1, x2[h]);
+                constexpr int XOR_OF_THREE = 0x96;
+                x0[h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), x1[h], key0, XOR_OF_THREE);
+                x2[h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), x3[h], key1, XOR_OF_THREE);
+                x1[h] = p1, x3[h] = p0;
+            }
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        const auto put = [&](uint32_t* to, __m512i lanes) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi64_epi32(lanes));
+        };
+        for (int h = 0; h < ABREAST; h++) {
+            uint32_t* to = x + i + h * LANES;
+            put(to, x0[h]), put(to + N, x1[h]), put(to + 2 * N, x2[h]), put(to + 3 * N, x3[h]);
+        }
+    }
+}
+#else
 template <int N>
 inline void philox(const Stream& s, uint64_t first, uint32_t (&x)[4 * N]) {
 #pragma omp simd
@@ -90,38 +133,39 @@ inline void philox(const Stream& s, uint64_t first, uint32_t (&x)[4 * N]) {
         x[i] = x0, x[N + i] = x1, x[2 * N + i] = x2, x[3 * N + i] = x3;
     }
 }
+#endif
 
-inline void rademacher(const Stream& s, uint64_t unit, float* z) {
+// The signs of a unit: body(first element of 32, the word that has them).
+template <class Body>
+inline void each_word(const Stream& s, uint64_t unit, Body body) {
     constexpr int N = UNIT / BLOCK;
     uint32_t x[4 * N];
     philox<N>(s, unit * N, x);
     for (int b = 0; b < N; b++)
-        for (int w = 0; w < 4; w++) {
-            const uint32_t word = x[w * N + b];
-            float* to = z + b * BLOCK + w * WORD;
-#pragma omp simd
-            for (int i = 0; i < WORD; i++)
-                to[i] = as<float>(0x3F800000u | (word << (31 - i) & 0x80000000u));
-        }
+        for (int w = 0; w < 4; w++) body(b * BLOCK + w * WORD, x[w * N + b]);
 }
 
+// `size`, or -size where bit i of the word is set.
+inline float with_sign(float size, uint32_t word, int64_t i) {
+    return as<float>(as<uint32_t>(size) ^ (word << (31 - i) & 0x80000000u));
+}
+
+inline void rademacher(const Stream& s, uint64_t unit, float* z) {
+    each_word(s, unit, [=](int first, uint32_t word) {
+#pragma omp simd
+        for (int i = 0; i < WORD; i++) z[first + i] = with_sign(1.0f, word, i);
+    });
+}
+
+// Of both functions below, no result depends on a choice: a compiler would compute everything that follows twice.
 inline float logarithm(float u) {
-    const int32_t bits = as<int32_t>(u);
-    float exponent = float((bits >> 23) - 127);
-    float mantissa = as<float>((bits & 0x007FFFFF) | 0x3F800000);
-    const bool high = mantissa > 1.4142135623730951f;
-    mantissa = high ? mantissa * 0.5f : mantissa;
-    exponent = high ? exponent + 1.0f : exponent;
-    const float f = mantissa - 1.0f, square = f * f;
-    float p = f * 7.0376836292e-2f - 1.1514610310e-1f;
-    p = p * f + 1.1676998740e-1f;
-    p = p * f + -1.2420140846e-1f;
-    p = p * f + 1.4249322787e-1f;
-    p = p * f + -1.6668057665e-1f;
-    p = p * f + 2.0000714765e-1f;
-    p = p * f + -2.4999993993e-1f;
-    p = p * f + 3.3333331174e-1f;
-    const float tail = p * f * square - exponent * 2.12194440e-4f - square * 0.5f;
+    const int32_t bits = as<int32_t>(u) - 0x3F3504F3;
+    const float exponent = float(bits >> 23), f = as<float>((bits & 0x007FFFFF) + 0x3F3504F3) - 1.0f;
+    const float f2 = f * f, f4 = f2 * f2;
+    const float a = f * -2.4999993993e-1f + 3.3333331174e-1f, b = f * -1.6668057665e-1f + 2.0000714765e-1f;
+    const float c = f * -1.2420140846e-1f + 1.4249322787e-1f, d = f * -1.1514610310e-1f + 1.1676998740e-1f;
+    const float p = (b * f2 + a) + ((d * f2 + c) + f4 * 7.0376836292e-2f) * f4;
+    const float tail = p * f * f2 - (exponent * 2.12194440e-4f + f2 * 0.5f);
     return (f + tail) + exponent * 0.693359375f;
 }
 
@@ -130,23 +174,21 @@ inline void gaussian(const Stream& s, uint64_t tile, float* z) {
     uint32_t x[4 * 128];
     philox<128>(s, tile * 128, x);
     const uint32_t *radial = x, *angular = x + 256;
-    constexpr float LEAST = 0x1p-33f, MOST = 1.0f - 0x1p-24f, TURN = float(3.141592653589793 * 0x1p-31);
+    constexpr float STEP = 0x1p-31f - 0x1p-55f, TURN = float(3.141592653589793 * 0x1p-31);
 #pragma omp simd
     for (int i = 0; i < GAUSSIANS / 2; i++) {
-        float u = float(int32_t(radial[i])) * 0x1p-32f + 0.5f;
-        u = u < LEAST ? LEAST : u;
-        u = u > MOST ? MOST : u;
-        const float square = logarithm(u) * -2.0f;
-        float radius = square * (1.0f / std::sqrt(square));
+        const float u = float(int32_t(radial[i] & 0x7FFFFFFFu)) * STEP + 0x1p-32f;
+        const float square = logarithm(u) * -2.0f, radius = square * (1.0f / std::sqrt(square));
         const int32_t turns = int32_t(angular[i]);
         const float angle = float(turns >> 2) * TURN, t = angle * angle;
         const float sine = ((t * -1.9515295891e-4f + 8.3321608736e-3f) * t - 1.6666654611e-1f) * t * angle + angle;
         const float cosine =
             ((t * 2.443315711809948e-5f - 1.388731625493765e-3f) * t + 4.166664568298827e-2f) * t * t - t * 0.5f + 1.0f;
-        const bool swap = turns & 1;
-        radius = turns & 2 ? -radius : radius;
-        z[i] = radius * (swap ? -sine : cosine);
-        z[i + GAUSSIANS / 2] = radius * (swap ? cosine : sine);
+        // Bit 0 of the turns swaps the two, and makes the first negative; bit 1 makes both so.
+        const uint32_t odd = turns & 1, other = (as<uint32_t>(sine) ^ as<uint32_t>(cosine)) & (0u - odd);
+        const float signed_radius = as<float>(as<uint32_t>(radius) ^ uint32_t(turns & 2) << 30);
+        z[i] = signed_radius * as<float>(as<uint32_t>(cosine) ^ other ^ odd << 31);
+        z[i + GAUSSIANS / 2] = signed_radius * as<float>(as<uint32_t>(sine) ^ other);
     }
 }
 
@@ -229,11 +271,18 @@ void shift(int law, T* plus, T* minus, const T* weight, int64_t numel, uint64_t 
 // total += scale * z for each direction in order; total[0] is the element `from` of the unit.
 inline void add_up(int law, Stream s, const uint32_t* words, const float* scales, int count, uint64_t unit,
                    int64_t from, int64_t to, float* total) {
-    float z[UNIT];
     for (int d = 0; d < count; d++) {
         s.word = words[d];
-        noise(law, s, unit, from, to, z);
         const float scale = scales[d];
+        if (law == 0 && to - from == UNIT) {
+            each_word(s, unit, [=](int first, uint32_t word) {
+#pragma omp simd
+                for (int i = 0; i < WORD; i++) total[first + i] += with_sign(scale, word, i);
+            });
+            continue;
+        }
+        float z[UNIT];
+        noise(law, s, unit, from, to, z);
 #pragma omp simd
         for (int64_t i = from; i < to; i++) total[i - from] += z[i] * scale;
     }

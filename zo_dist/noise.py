@@ -28,7 +28,7 @@ from zo_dist.params import Span
 from zo_dist.stochastic import STOCHASTIC, factors
 
 # Which bits there are: raised with any change of them, so that a log is not replayed with others.
-VERSION = 1
+VERSION = 2
 
 # Streams keep the uses of one parameter's key apart; the number is the top byte of the counter.
 NOISE, ROUNDING, DRAW = 0, 1, 2
