@@ -123,7 +123,6 @@ def main() -> None:
                 subject.run()
                 seconds[i].append(time.perf_counter() - start)
             parts[i].append((part["perturb"], part["update"]))
-    inference = memory.peak_bytes(lambda: bench.forward(bench.stacked), bench.device) - bench.before
     plain = statistics.mean(seconds[[s.method for s in bench.subjects].index("forward")])
     lines = []
     for i, subject in enumerate(bench.subjects):
@@ -136,7 +135,7 @@ def main() -> None:
         line |= {"params": bench.num_params, "rounds": len(seconds[i])}
         line |= {"seconds": mean, "forwards_per_step": mean / plain}
         line |= {"perturb_s": perturb, "forward_s": mean - perturb - update, "update_s": update}
-        lines.append(line | costs(bench, subject) | {"inference_peak_bytes": inference})
+        lines.append(line | costs(bench, subject))
     if bench.engine.rank == 0:
         with Path(setting.out).open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
@@ -144,12 +143,18 @@ def main() -> None:
 
 
 def costs(bench: Bench, subject: Subject) -> dict[str, float]:
-    """What a step moves and needs: counted in one step, and the peak of three."""
+    """What a step moves and needs: counted in one step, and the peak of three, each beside one of inference.
+
+    Side by side, because what a process keeps at rest grows a little with all that it has run.
+    """
     with Counted() as counted:
         subject.run()
     weights, others = split(counted.calls, bench.dtype, bench.engine.num_ranks)
-    return {
-        "peak_bytes": max(memory.peak_bytes(subject.run, bench.device) for _ in range(3)) - bench.before,
+    peaks: dict[str, list[int]] = {"inference_peak_bytes": [], "peak_bytes": []}
+    for _ in range(3):
+        for key, job in zip(peaks, (lambda: bench.forward(bench.stacked), subject.run), strict=True):
+            peaks[key].append(memory.peak_bytes(job, bench.device) - bench.before)
+    return {key: max(of_key) for key, of_key in peaks.items()} | {
         "gathers_per_weight": sum(c[1] for c in weights) / bench.num_params,
         "scalar_bytes": sum(c[2] for c in others),
     }

@@ -23,7 +23,7 @@ from zo_dist.noise import Noise
 _FEW = 8
 
 # Elements of a linear layer that are shifted at a time. A GPU needs more work in one product.
-_PART, _GPU_PART = 1 << 22, 1 << 24
+_PART, _GPU_PART = 1 << 20, 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
