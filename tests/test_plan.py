@@ -303,6 +303,13 @@ def test_a_deepspeed_config_is_followed(
     plan = json.loads(capsys.readouterr().out)
     assert {(m["engine"], m["offload"]) for m in plan["modes"]} == {("zero3", True)}
     assert (plan["model"]["dtype"], plan["model"]["rows"]) == ("float16", 6)
+    # So it is when it is written as DeepSpeed reads it, with comments.
+    text = json.dumps({**content, "bfloat16": {"enabled": True}, "train_batch_size": 8})
+    ds.write_text("// mine\n" + text)
+    assert main(command) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert {(m["engine"], m["offload"]) for m in plan["modes"]} == {("zero3", True)}
+    assert (plan["model"]["dtype"], plan["model"]["rows"]) == ("bfloat16", 8)
     # What names no stage of ZeRO shards nothing.
     ds.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     assert main(command) == 0

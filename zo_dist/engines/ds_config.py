@@ -65,7 +65,7 @@ def read_ds_config(
             raise ValueError(f"{micro_batch=}, {num_ranks=} and {hidden_size=} must be at least 1")
         if dtype not in (None, torch.float32, *_16_BIT.values()):
             raise ValueError(f"dtype is {dtype}; legal: torch.float32, .bfloat16, .float16")
-        config = _load(source, notes)
+        config = load_ds_config(source, notes)
         _rename_zero_keys(config, notes)
         _refuse(config)
         drop(config, "", ds_keys.DROPPED, notes)
@@ -83,7 +83,11 @@ def read_ds_config(
     return DsConfig(stage=stage, config=config, notes=tuple(notes), dtype=dtype, offload_param=offload_param)
 
 
-def _load(source: str | Path | Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+def load_ds_config(source: str | Path | Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The keys as they are written: of a mapping, a file in JSON or Hjson, or base64 of it. Adds to `notes`.
+
+    ValueError, without the source's name, where it is none of these or has a key twice.
+    """
     if isinstance(source, Mapping):
         return copy.deepcopy(dict(source))
     try:

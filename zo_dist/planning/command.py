@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_dist.config import Config, flatten
+from zo_dist.engines.ds_config import load_ds_config
 from zo_dist.planning.hardware import GPU, Assumptions, Cluster, parse_cluster
 from zo_dist.settings import apply_overrides, build, read_yaml
 
@@ -199,11 +200,10 @@ def _of_ds(path: Path, count: int) -> dict[str, Any]:
         raise ValueError(f"there is no ds_config.json {str(path)!r} (looked in {Path.cwd()})")
     settings: dict[str, Any] = {"engine": {"kind": "deepspeed", "deepspeed": str(path)}}
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        # Hjson, or what `read_ds_config` will refuse.
-        return settings
-    for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        content = load_ds_config(path, [])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for key, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")):
         block = content.get(key)
         if isinstance(block, dict) and block.get("enabled") is True:
             settings["model"] = {"dtype": dtype}
