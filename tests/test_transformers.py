@@ -18,9 +18,13 @@ from tiny_run import write_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
     EarlyStoppingCallback,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -51,8 +55,10 @@ for section in ("zero3", "zero1"):
 class InOrder:
     """Rows in their order, padded to one length with label -100."""
 
+    train_dataset: Any
+
     def _get_train_sampler(self, *_: Any) -> Any:
-        return torch.utils.data.SequentialSampler(ROWS)
+        return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 class InOrderZOTrainer(InOrder, ZOTrainer):  # type: ignore[misc]
@@ -112,6 +118,7 @@ def trainer(
     **more: Any,
 ) -> Any:
     own = ("row_loss", "compute_loss_func", "callbacks", "compute_metrics", "optimizers", "train_dataset")
+    own += ("optimizer_cls_and_kwargs",)
     options = {key: more.pop(key) for key in own if key in more}
     args = arguments(output, **more)
     model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, Path) else base
@@ -235,6 +242,68 @@ def test_other_models_and_batches_go_by_their_own_loss(tmp_path: Path) -> None:
     assert all(abs(loss) < 10 for loss in losses_of(ours))
 
 
+def small_mixtral(router: bool) -> MixtralForCausalLM:
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=2, output_router_logits=router, router_aux_loss_coef=1.0,
+            pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def small_bart(_: bool) -> BartForCausalLM:
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
+    model = BartForCausalLM(BartConfig(vocab_size=256, max_position_embeddings=32, **sizes))
+    for name, param in model.named_parameters():
+        # Of the encoder that this form does not have.
+        param.requires_grad_("encoder_attn" not in name)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "special", "own"),
+    [(small_mixtral, False, False), (small_mixtral, True, True), (small_bart, True, True)],
+    ids=["plain", "router", "unshifted"],
+)
+def test_a_causal_model_with_a_loss_of_its_own_is_found_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, build: Any, special: bool, own: bool
+) -> None:
+    """`auto` is what the Trainer's own evaluation of the same rows is, but for the loss's curvature."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"zo": {"eps": 1e-3}, "max_steps": 1, "learning_rate": 1e-9}
+    options |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    it = trainer(build(special), tmp_path, InOrderZOTrainer, **options)
+    with torch.no_grad():
+        expected = float(it.model.eval()(**padded(ROWS[:8])).loss)
+    it.train()
+    # Of the curvature, eps**2 / 2 is seen.
+    assert losses_of(it)[0] == pytest.approx(expected, rel=1e-3)
+    assert ("the model's own loss is not" in caplog.text) == own
+
+
+def test_an_epoch_may_end_with_fewer_rows_than_directions(base: Path, tmp_path: Path) -> None:
+    zo = {"directions": 4, "eps": 1e-2}
+    options: dict[str, Any] = {"gradient_accumulation_steps": 1, "max_steps": -1, "num_train_epochs": 2}
+    it = trainer(base, tmp_path, InOrderZOTrainer, zo=zo, train_dataset=ROWS[:9], **options)
+    it.train()
+    assert it.optimizer.step_count == 6
+    # The last step's one row has tested each of the four.
+    model = AutoModelForCausalLM.from_pretrained(base)
+    optimizer = zo_dist.ZeroOrder(model, lr=1e-2, seed=it.args.seed, **zo)
+    for step in range(6):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 6)
+        rows = ROWS[:9][4 * (step % 3) : 4 * (step % 3) + 4]
+        optimizer.step_batch([padded(rows)] * (4 if len(rows) == 1 else 1), zo_dist.causal_lm_loss)
+    assert same(weights(it.model), weights(model))
+
+
+def test_batches_that_never_test_all_directions_are_refused(base: Path, tmp_path: Path) -> None:
+    it = trainer(base, tmp_path, zo={"directions": 9})
+    with pytest.raises(ValueError, match="9 directions need at least 9 rows per step"):
+        it.train()
+
+
 # What a Trainer has
 
 
@@ -339,8 +408,9 @@ def test_a_mixin_makes_any_trainer_zeroth_order(base: Path, tmp_path: Path) -> N
 def test_what_means_nothing_is_said(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer(base, tmp_path)
     assert "of no effect" not in caplog.text
-    trainer(base, tmp_path, optim="adafactor", max_grad_norm=0.3, adam_beta2=0.95)
-    assert "of no effect in zeroth-order steps: adam_beta2, optim, max_grad_norm" in caplog.text
+    trainer(base, tmp_path, optim="adafactor", max_grad_norm=0.3, adam_beta2=0.95, neftune_noise_alpha=5.0)
+    idle = "adam_beta2, optim, max_grad_norm, neftune_noise_alpha"
+    assert f"of no effect in zeroth-order steps: {idle}" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -354,8 +424,19 @@ def test_what_means_nothing_is_said(base: Path, tmp_path: Path, caplog: pytest.L
         ({"torch_compile": True}, "torch_compile is True"),
         ({"weight_decay": 0.1, "zo": {"rule": zo_dist.SGD(0.2)}}, "args.weight_decay is 0.1, but that of zo"),
         ({"optimizers": (torch.optim.SGD([nn.Parameter(torch.ones(1))]), None)}, "optimizers has a SGD"),
+        (
+            {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 123.0})},
+            "optimizer_cls_and_kwargs has a SGD",
+        ),
+        (
+            {
+                **{"save_only_model": True, "load_best_model_at_end": True},
+                **{"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2},
+            },
+            "save_only_model and load_best_model_at_end are both True",
+        ),
     ],
-    ids=["unknown", "lr", "compile", "decay", "optimizer"],
+    ids=["unknown", "lr", "compile", "decay", "optimizer", "class of an optimizer", "best of no state"],
 )
 def test_mistakes_are_refused_at_the_start(
     base: Path, tmp_path: Path, more: dict[str, Any], message: str
@@ -433,6 +514,39 @@ def test_every_engine_trains_to_the_same_bits(
     assert resumed[0]["losses"] == expected[0]["losses"]
     last = (tmp_path / "resumed" / "checkpoint-6" / "model.safetensors").read_bytes()
     assert last == (folder / "checkpoint-6" / "model.safetensors").read_bytes()
+
+
+def evaluate_between(base: Path, output: Path, engine: str) -> dict[str, Any]:
+    """Trained twice, with evaluations before, between and after."""
+    with of_its_own():
+        if engine == "zero3":
+            import deepspeed
+
+            deepspeed.init_distributed()
+        args = arguments(output, max_steps=2, **ENGINES[engine])
+        model = AutoModelForCausalLM.from_pretrained(base)
+        it = ZOTrainer(
+            model=model, args=args, zo=ZO, train_dataset=ROWS, eval_dataset=ROWS[:8], data_collator=padded
+        )
+        evals = [it.evaluate()["eval_loss"]]
+        held = it.model_wrapped
+        for _ in range(2):
+            it.train()
+            evals.append(it.evaluate()["eval_loss"])
+        result = {"evals": evals, "steps": it.optimizer.step_count, "one": it.model_wrapped is held}
+        del it, args, model, held
+        return result
+
+
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_evaluations_come_before_between_and_after(
+    pool: Callable[[int], Pool], base: Path, tmp_path: Path, engine: str
+) -> None:
+    ranks = pool(2).run(evaluate_between, base, tmp_path, engine)
+    for rank in ranks:
+        assert (rank["steps"], rank["one"]) == (4, True)
+        assert rank["evals"] == ranks[0]["evals"]
+    assert len(set(ranks[0]["evals"])) == 3
 
 
 def test_a_checkpoint_of_two_ranks_is_taken_up_by_one(

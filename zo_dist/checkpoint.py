@@ -36,15 +36,27 @@ def save_model(engine: Engine, path: str | Path, tokenizer: Any = None) -> None:
     with a safetensors that copies what it writes). Cost: each byte written twice, and disk space for the
     model twice while it is saved.
     """
-    path = Path(path)
+    path = require_replaceable(path)
     with gathered(engine, path) as state, engine.jointly():
         if engine.rank == 0:
             _write(engine.module, state, path, tokenizer)
 
 
+def require_replaceable(path: str | Path) -> Path:
+    """The absolute path. ValueError for the folder that this process works in, or one around it."""
+    whole = Path(path).absolute()
+    if whole.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(
+            f"the model cannot be saved as {str(path)!r}: what is there is replaced by a rename, and this "
+            "process works in it; name a folder inside"
+        )
+    return whole
+
+
 @contextmanager
 def gathered(engine: Engine, path: Path) -> Iterator[dict[str, Tensor]]:
     """Inside, `gather_state` of the whole model, in files beside `path`. Every rank must enter."""
+    path = path.absolute()
     folder = path.with_name(f".{path.name}.gathered")
     with ExitStack() as stack:
         with engine.jointly():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from zo_dist.learn_scale import Learning
 from zo_dist.optimizer import NonFiniteLossError
 from zo_dist.planning.command import add_arguments, run_plan
 from zo_dist.resume import LOG, Interrupted, check_run
-from zo_dist.settings import apply_overrides, build
+from zo_dist.settings import apply_overrides, build, read_yaml
 from zo_dist.trajectory import TrajectoryReader
 
 _EXAMPLE = "torchrun --nproc-per-node 2 -m zo_dist train configs/quickstart.yaml optimizer.lr=5e-7"
@@ -173,9 +172,12 @@ def _config(args: argparse.Namespace) -> Config:
         model = found[0]
     if path is None:
         raise ValueError(f"{args.model!r} is no run's folder (no config.yaml in it): name a config file too")
-    config = load_config(path, overrides)
+    settings = read_yaml(Path(path))
+    # Unless one is named, what fits the processes here.
+    settings["engine"] = {}
     source = str(model) if model.exists() else args.model
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, source=source))
+    apply_overrides(settings, [*overrides, f"model.source={json.dumps(source)}"])
+    return build(Config, settings)
 
 
 def _replayed(args: argparse.Namespace, overrides: list[str]) -> Config:

@@ -244,6 +244,11 @@ class TrainConfig:
                 _at_least(self, 1, name)
         if not 0.0 <= self.final_fraction <= 1.0:
             raise ValueError(f"final_fraction is {self.final_fraction}; it must lie in [0, 1]")
+        if self.final_fraction and self.schedule == "constant":
+            raise ValueError(
+                f"final_fraction is {self.final_fraction}, but schedule is constant and ends at lr: set "
+                "schedule to linear or cosine, or final_fraction to 0"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below steps ({self.steps})")
         if self.max_seconds is not None and not self.max_seconds > 0:

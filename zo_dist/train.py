@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from zo_dist.checkpoint import save_model
+from zo_dist.checkpoint import require_replaceable, save_model
 from zo_dist.config import Config, EngineConfig
 from zo_dist.data import RunData, load_data
 from zo_dist.engines import Engine, on_each_node_first, select
@@ -195,6 +195,7 @@ def run_replay(
     `from_snapshot`: only the steps after the newest snapshot beside the log that is not too new. Every rank
     must call it. Returns what it did, the same on every rank but for the clock.
     """
+    out = require_replaceable(out)
     ranks.require_equal("the config", config.flat())
     snapshot: Path | None = None
     if from_snapshot:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,8 @@ from zo_dist.checkpoint import gathered
 from zo_dist.engines import read_ds_config
 from zo_dist.engines.build import fsdp2_mesh, is_cpu_offload, shard_with_fsdp2, zero3_engine
 from zo_dist.optimizer import ZeroOrder
-from zo_dist.probes import Batch, RowLoss
+from zo_dist.params import evaluating
+from zo_dist.probes import Batch, RowLoss, num_rows
 from zo_dist.rules import SGD
 from zo_dist.settings import nearest
 from zo_dist.snapshot import load_snapshot, save_snapshot, snapshots_in
@@ -37,6 +39,8 @@ SNAPSHOT = "zo_dist"
 _TRAINERS_OWN = {"model": "model", "lr": "args.learning_rate"}
 # What `causal_lm_loss` reads; a batch with more is evaluated by the model's own forward.
 _CAUSAL_LM_KEYS = {"input_ids", "attention_mask", "labels"}
+# How far `causal_lm_loss` may be from the model's own loss, relatively: 16-bit products of other shapes.
+_SAME_LOSS = 1e-3
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +54,23 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
     `zo`: options of `zo_dist.ZeroOrder`; `lr` is `args.learning_rate`, `seed` is `args.seed` unless given.
     `row_loss`: a function `(model, batch) -> one loss per row`, or the pair (sums, weights) per row, with
     which all probes of a step share a forward. `auto` is `zo_dist.causal_lm_loss` for a causal language
-    model whose Trainer computes the usual loss from input_ids, attention_mask and labels, and else none.
-    None calls `compute_loss` once per probe: any loss, in 2 x directions forwards of the rows.
+    model whose Trainer computes the usual loss from input_ids, attention_mask and labels, if that is what the
+    model computes too (compared once, on two rows of 8 tokens: two short forwards), and else none. None calls
+    `compute_loss` once per probe: any loss, in 2 x directions forwards of the rows.
 
-    Micro-batches that the Trainer would accumulate gradients over are the rows of one step. Weights are
-    neither upcast nor wrapped in DDP, whose gradient buckets nothing would use: load the model in the
-    dtype it is to be trained in. `fsdp` shards with FSDP2, a DeepSpeed config at stage 3 with ZeRO-3 and
-    without its optimizer; at stages 0 to 2 each rank holds the model. `optim`, `adam_*`, `max_grad_norm` and
-    gradient checkpointing mean nothing here, and the log says so where they are set.
+    Micro-batches that the Trainer would accumulate gradients over are the rows of one step. Where an epoch
+    ends with too few to test all directions, each of them tests several. Weights are neither upcast nor
+    wrapped in DDP, whose gradient buckets nothing would use: load the model in the dtype it is to be trained
+    in. `fsdp` shards with FSDP2, a DeepSpeed config at stage 3 with ZeRO-3 and without its optimizer; at
+    stages 0 to 2 each rank holds the model. `optim`, `adam_*`, `max_grad_norm`, NEFTune's noise and gradient
+    checkpointing mean nothing here, and the log says so where they are set.
 
     A checkpoint holds, besides the Trainer's files, a snapshot of the trained weights and all state, which
     a resume on any number of ranks and engine reads. The folder must be seen by every rank.
 
     Raises ValueError, before any weight is written, for options that are no ZeroOrder's, an optimizer that
-    was passed, `torch_compile`, FSDP1, and DataParallel (several GPUs in one process).
+    was passed, `torch_compile`, FSDP1, DataParallel (several GPUs in one process), and `save_only_model` with
+    `load_best_model_at_end`, which reads what that leaves out.
     """
 
     # What a Trainer has that is set here.
@@ -84,6 +91,9 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
         self._zo, self._row_loss = dict(zo or {}), row_loss
         _require_options_of_zero_order(self._zo)
         self._micro_batches: list[Any] = []
+        # The model as it was given, and as its engine holds it; whether `causal_lm_loss` is its loss.
+        self._held: tuple[Any, Any] | None = None
+        self._is_own_loss: bool | None = None
         super().__init__(*args, **kwargs)
         self._require_trainable()
 
@@ -95,10 +105,17 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
         super().create_accelerator_and_postprocess()
 
     def _require_trainable(self) -> None:
-        if self.optimizer is not None:
+        given = self.optimizer_cls_and_kwargs
+        if self.optimizer is not None or given is not None:
+            kind = type(self.optimizer) if given is None else given[0]
             raise ValueError(
-                f"optimizers has a {type(self.optimizer).__name__}; a ZOTrainer makes its own: leave it out, "
-                "and say in zo={...} what the steps are to be"
+                f"{'optimizers' if given is None else 'optimizer_cls_and_kwargs'} has a {kind.__name__}; a "
+                "ZOTrainer makes its own: leave it out, and say in zo={...} what the steps are to be"
+            )
+        if self.args.save_only_model and self.args.load_best_model_at_end:
+            raise ValueError(
+                "save_only_model and load_best_model_at_end are both True, but the best model is read from "
+                "the snapshot that save_only_model leaves out: set one of them to False"
             )
         if self.args.torch_compile:
             raise ValueError(
@@ -135,9 +152,17 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
         return model, train_dataloader
 
     def _sharded(self) -> Any:
-        """The model as its engine holds it, sharded at the first call."""
-        if self.model_wrapped is not self.model or self.accelerator._models:
-            return self.model_wrapped
+        """The model as its engine holds it, sharded at the first call for it."""
+        if self._held is None or self._held[0] is not self.model:
+            model = self._wrapped()
+            self._held = self.model, model
+        self.model_wrapped = self._held[1]
+        if self.model_wrapped not in self.accelerator._models:
+            # The Trainer's evaluation looks here for whether a model was prepared; `train` empties it.
+            self.accelerator._models.append(self.model_wrapped)
+        return self.model_wrapped
+
+    def _wrapped(self) -> Any:
         model = self.model
         if self.is_deepspeed_enabled:
             model = self.deepspeed = self._with_deepspeed(model)
@@ -146,10 +171,6 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
         else:
             # Autocast and the device alone: no DDP.
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        if model not in self.accelerator._models:
-            # The Trainer's evaluation looks here for whether a model was prepared.
-            self.accelerator._models.append(model)
-        self.model_wrapped = model
         return model
 
     def _with_deepspeed(self, model: Any) -> Any:
@@ -208,7 +229,7 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
         optimizer: ZeroOrder = self.optimizer
         row_loss = self._row_loss_for(batches)
         if row_loss is not None:
-            return optimizer.step_batch(batches, row_loss)
+            return optimizer.step_batch(self._enough(batches), row_loss)
 
         def closure() -> Tensor:
             # Some forms of `compute_loss` take the labels out of what they are given.
@@ -221,6 +242,14 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
 
         return optimizer.step(closure)
 
+    def _enough(self, batches: Sequence[Batch]) -> list[Batch]:
+        """These micro-batches, so often that they test all directions, where a full step's would."""
+        groups = self.optimizer.directions // self.optimizer.directions_per_row
+        full = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        least = -(-groups // self.args.world_size)
+        rows = sum(map(num_rows, batches))
+        return list(batches) * (math.ceil(least / rows) if 0 < rows < least <= full else 1)
+
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
         """Do the losses of micro-batches add up to the mean, or are they means?"""
         if self.loss_is_scaled_for_ga is not None:
@@ -231,11 +260,36 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
     def _row_loss_for(self, batches: Sequence[Batch]) -> RowLoss | None:
         if self._row_loss != "auto":
             return self._row_loss
-        usual = self._computes_usual_loss() and self.compute_loss_func is None
+        usual = self._computes_usual_loss() and self.compute_loss_func is None and self.label_smoother is None
         readable = all(set(batch) <= _CAUSAL_LM_KEYS and "labels" in batch for batch in batches)
-        if usual and self.label_smoother is None and readable and _is_causal_lm(self.accelerator, self.model):
-            return causal_lm_loss
-        return None
+        if not (usual and readable and _is_causal_lm(self.accelerator, self.model)):
+            return None
+        if self._is_own_loss is None:
+            self._is_own_loss = self._compare_losses()
+        return causal_lm_loss if self._is_own_loss else None
+
+    @torch.no_grad()
+    def _compare_losses(self) -> bool:
+        """Is `causal_lm_loss` what the model computes, which may not shift labels, or add a router's loss?"""
+        engine = self.optimizer.engine
+        ids = torch.arange(8, device=self.args.device) % self.model.config.get_text_config().vocab_size
+        ids = torch.stack([ids, ids.flip(0)])
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        with evaluating(engine.module), self.compute_loss_context_manager():
+            own = float(self.model_wrapped(**batch).loss)
+            engine.publish()
+            sums, weights = causal_lm_loss(engine.module, batch)
+        engine.publish()
+        ours = float(sums.sum() / weights.sum())
+        if abs(ours - own) <= _SAME_LOSS * abs(own):
+            return True
+        if self.args.process_index == 0:
+            log.warning(
+                "the model's own loss is not the mean over tokens of zo_dist.causal_lm_loss (%.4g, not %.4g, "
+                "on two short rows): each probe runs by itself, %d forwards per step; give row_loss for one",
+                *(own, ours, 2 * self.optimizer.directions),
+            )
+        return False
 
     def _computes_usual_loss(self) -> bool:
         """Is `compute_loss` the mean cross-entropy over the tokens that have labels?"""
@@ -322,6 +376,7 @@ def _idle_arguments(args: TrainingArguments) -> list[str]:
     """Arguments that were set, to other than their default, and that a step has no use for."""
     names = [name for name in vars(args) if name.startswith("adam_")]
     names += ["optim", "optim_args", "max_grad_norm", "gradient_checkpointing", "activation_checkpointing"]
+    names += ["neftune_noise_alpha"]
     defaults = {name: field.default for name, field in TrainingArguments.__dataclass_fields__.items()}
     return [n for n in names if getattr(args, n, None) not in (None, False, defaults.get(n))]
 

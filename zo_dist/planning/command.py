@@ -187,6 +187,11 @@ def _engines(
         if args.offload and args.engine == "replicated":
             raise ValueError("--offload goes with --engine fsdp2 or zero3: replicated weights are on the GPU")
         engines = engines or {args.engine: bool(args.offload)}
+        if args.offload and not engines[args.engine]:
+            raise ValueError(
+                f"--offload is given, but the config has {args.engine} without it: set engine.offload_to_cpu "
+                "(zero3: offload_param in the ds_config.json) there, or drop --offload"
+            )
     return engines, ds, path
 
 

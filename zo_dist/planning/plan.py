@@ -25,6 +25,7 @@ from zo_dist.planning.meta import Rows, Traced, busiest_rows, trace_forward, tra
 from zo_dist.planning.sharding import ZERO3
 from zo_dist.probes import rows_of_groups
 from zo_dist.samplers import Dense, Draw
+from zo_dist.tasks.metrics import TEXT_METRICS
 
 # Draws that the seconds of a step are a mean over, where a sampler leaves arms out.
 _DRAWS = 3
@@ -103,8 +104,15 @@ def make_plan(
 
     `answer`: tokens of a row whose logits are needed. `engines`: `{engine: is it offloaded}` if not all are
     asked for; `perturb`: one of the two ways, or both. `ds`: the DeepSpeed config of ZeRO-3. ValueError for a
-    model whose forward depends on the values of its data, and for lengths that it does not take.
+    model whose forward depends on the values of its data, for lengths that it does not take, and for an
+    objective of generated text, whose forwards per probe depend on what is written.
     """
+    if config.train.objective in TEXT_METRICS:
+        raise ValueError(
+            f"train.objective is {config.train.objective}: each probe writes a text, one forward per token, "
+            "which is not planned; plan train.objective=loss, and take its gathers and seconds up to "
+            f"data.max_new_tokens ({config.data.max_new_tokens}) times"
+        )
     longest = longest_input(shape)
     if not 2 <= length <= (longest or length):
         raise ValueError(f"rows of {length} tokens; this model takes 2 to {longest}")

@@ -15,7 +15,8 @@ class Example:
     """A prompt, the texts that may follow it, and which of them is right.
 
     An option continues the prompt character by character: it brings its own leading space. A prompt of
-    messages is put into the tokenizer's chat template, and an option is then the assistant's message.
+    messages is put into the tokenizer's chat template, and an option is then the assistant's message. Blanks
+    at the outer ends of both together go, as in MeZO, unless both are taken `as_is`.
     `also_right`: further options that count as right, though none of them is trained on. `answers`: the
     texts that a generated one is compared with.
     """
@@ -25,6 +26,7 @@ class Example:
     label: int = 0  # index into options
     also_right: tuple[int, ...] = ()
     answers: tuple[str, ...] = ()
+    as_is: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -181,6 +181,9 @@ def _pad_left(sequences: Sequence[Sequence[int]], pad_id: int, multiple: int) ->
 def _texts(number: int, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The prompt, then prompt + option for each option."""
     if isinstance(example.prompt, str):
+        if example.as_is:
+            # A blank at the prompt's end is most often one token with the word after it.
+            return [example.prompt.rstrip(" "), *(example.prompt + option for option in example.options)]
         # Outer spaces go, as in MeZO.
         prompt = example.prompt.lstrip()
         return [text.rstrip(" ") for text in (prompt, *(prompt + option for option in example.options))]

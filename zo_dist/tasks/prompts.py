@@ -143,7 +143,7 @@ def _instruct(row: Row) -> Example:
             raise ValueError("field messages must end with one of the role assistant, and not begin with it")
         return Example(tuple(before), options=(last["content"],))
     if row.get("prompt") is not None:
-        return Example(text_field(row, "prompt"), options=(text_field(row, "completion"),))
+        return Example(text_field(row, "prompt"), options=(text_field(row, "completion"),), as_is=True)
     if row.get("instruction") is None:
         raise ValueError(
             "field messages is missing, and so are prompt (with completion) and instruction (with output); "

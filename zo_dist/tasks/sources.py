@@ -53,6 +53,7 @@ def load_rows(source: str, cache: Path | None = None) -> Mapping[str, Sequence[R
 
     # Slow to import, and package sources do without it.
     from datasets import load_dataset  # type: ignore[import-untyped,unused-ignore]
+    from datasets.exceptions import DatasetsError  # type: ignore[import-untyped,unused-ignore]
 
     file, _, key = source.rpartition(":")
     if not Path(file).expanduser().is_file():
@@ -78,7 +79,10 @@ def load_rows(source: str, cache: Path | None = None) -> Mapping[str, Sequence[R
         if builder != "json":
             raise ValueError(f"{source!r} names a key, {key!r}, but only a JSON file has keys")
         options = {"field": key}
-    return _rows(load_dataset(builder, data_files=str(path), **options))
+    try:
+        return _rows(load_dataset(builder, data_files=str(path), **options))
+    except DatasetsError as error:
+        raise ValueError(f"data file {source!r} cannot be read: {error.__cause__ or error}") from error
 
 
 def _rows(splits: object) -> Mapping[str, Sequence[Row]]:
