@@ -98,6 +98,18 @@ def test_an_old_save_is_replaced_whole(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["saved", "source"]
 
 
+def test_the_folder_worked_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "deep")
+    engine = select(nn.Linear(2, 2))
+    for path in (".", "..", tmp_path / "work"):
+        with pytest.raises(ValueError, match="this process works in it"):
+            save_model(engine, path)
+    assert list((tmp_path / "work" / "deep").iterdir()) == []
+    save_model(engine, "inside")
+    assert (tmp_path / "work" / "deep" / "inside" / "model.safetensors").is_file()
+
+
 def test_peft_saves_its_adapter(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source")
     model = get_peft_model(

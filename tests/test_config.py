@@ -134,6 +134,7 @@ def test_written_out_config_reads_back_equal(path: Path, tmp_path: Path) -> None
         ("data.validation=-1", ["data.validation"]),
         ("train.warmup_steps=10", ["train.warmup_steps is 10", "below steps"]),
         ("train.final_fraction=2", ["train.final_fraction", "[0, 1]"]),
+        ("train.final_fraction=0.1", ["train.final_fraction is 0.1", "schedule is constant", "linear"]),
         ("engine.kind=fsdp", ["auto, replicated, fsdp2, deepspeed"]),
         ("engine.kind=deepspeed", ["engine.deepspeed is null", "ds_config.json"]),
         ("engine.shard_ranks=2", ["engine.shard_ranks is 2", "kind is auto", "kind to fsdp2", "to null"]),

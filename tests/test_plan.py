@@ -324,6 +324,11 @@ def test_a_deepspeed_config_is_followed(
         (["opt-125m", "--gpus", "8xL4", "--answer", "300"], "the answer has 300 tokens"),
         (["opt-125m", "--gpus", "8xL4", "--offload"], "--engine fsdp2 or zero3"),
         (["opt-125m", "--gpus", "8xL4", "--assume-compute", "2"], "compute is 2.0"),
+        (
+            ["opt-125m", "--gpus", "8xL4", "engine.kind=fsdp2", "--engine", "fsdp2", "--offload"],
+            "--offload is given, but the config has fsdp2 without it",
+        ),
+        (["opt-125m", "--gpus", "8xL4", "data.task=squad", "train.objective=f1"], "one forward per token"),
         (["opt-125m", "--gpus", "8xL4", "train.row=8"], "train.row"),
         (["--gpus", "8xL4"], "name a model"),
     ],

@@ -240,7 +240,7 @@ def test_bad_rows_say_what_is_wrong(name: str, change: dict[str, Any], words: st
 
 def test_instructions_in_other_forms() -> None:
     read = TASKS["instruct"].read
-    assert read({"prompt": "1 + 1 =", "completion": " 2"}) == Example("1 + 1 =", (" 2",))
+    assert read({"prompt": "1 + 1 =", "completion": " 2"}) == Example("1 + 1 =", (" 2",), as_is=True)
     row = {"instruction": "Add.", "input": "1 and 1", "output": "2"}
     assert read(row) == Example(({"role": "user", "content": "Add.\n\n1 and 1"},), ("2",))
     assert read(row | {"input": ""}).prompt == ({"role": "user", "content": "Add."},)
@@ -397,6 +397,9 @@ def test_local_files_of_every_kind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names a key, 'rows', but only a JSON file has keys"):
         load_rows(f"{tmp_path / 'a.csv'}:rows")
     (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label\n')
+    with pytest.raises(ValueError, match=r"broken.jsonl' cannot be read: .*JSON"):
+        load_rows(str(tmp_path / "broken.jsonl"))
     with pytest.raises(ValueError, match=r"ends in '.txt'; readable endings: .json, .jsonl, .csv"):
         load_rows(str(tmp_path / "a.txt"))
 
@@ -473,6 +476,14 @@ def test_options_are_the_tokens_after_the_prompt(before: str, after: str) -> Non
     ):
         assert list(tokens) == bos + plain.encode(example.prompt + option)
         assert list(tokens[-length:]) == plain.encode(option)
+
+
+def test_text_that_is_taken_as_it_is_keeps_its_blanks() -> None:
+    tokenizer, plain = make_tokenizer("<s>"), make_tokenizer()
+    prompt, answer = "    the film ", "was  great  "
+    for as_is, whole in ((True, prompt + answer), (False, (prompt + answer).strip(" "))):
+        rows, _ = encode([Example(prompt, (answer,), as_is=as_is)], tokenizer, max_length=100)
+        assert list(rows[0].sequences[0]) == [1, *plain.encode(whole)]
 
 
 def test_truncation_keeps_bos_the_end_of_the_prompt_and_the_option() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import workers
+import yaml
 from tiny_run import launch, result_of, tiny_config, write_config, write_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers import Pool
@@ -97,6 +98,20 @@ def test_a_run_folder_is_evaluated_with_its_own_config(
     folder, _ = one_process
     assert main(["eval", str(folder / "run"), "data.test=11"]) == 0
     assert result_of(capsys.readouterr().out)["rows"] == 11
+
+
+def test_a_run_on_shards_is_evaluated_by_one_process(
+    one_process: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = one_process
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    path = tmp_path / "shards.yaml"
+    path.write_text(yaml.safe_dump(settings | {"engine": {"kind": "fsdp2", "shard_ranks": 2}}))
+    assert main(["eval", str(folder / "run" / "last"), str(path)]) == 0
+    assert result_of(capsys.readouterr().out)["rows"] == settings["data"]["test"]
+    # Unless the engine is named.
+    assert main(["eval", str(folder / "run" / "last"), str(path), "engine.kind=fsdp2"]) == 2
+    assert "there is no process group" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
