@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -149,3 +153,40 @@ def test_positions_are_no_rows_even_where_there_are_as_many() -> None:
     # The same rows by the same kernels, but for the order of sums in a product over more rows.
     assert loss == pytest.approx(second.step(lambda: single(x).square().mean()), abs=1e-6)
     assert first.record.slopes == pytest.approx(second.record.slopes, abs=1e-6 / first.eps)
+
+
+def test_a_draw_of_the_embeddings_costs_the_prefix_of_that_step_alone() -> None:
+    torch.manual_seed(0)
+    model = MODELS["llama"]()
+    model.requires_grad_(False)
+    for module in (model.model.embed_tokens, model.model.layers[5]):
+        module.requires_grad_(True)
+    optimizer = zo_dist.ZeroOrder(model, lr=1e-3, sampler=zo_dist.AdaLeZO(ratio=0.5), self_check=False)
+    rows_seen: list[int] = []
+    optimizer.layers[1].register_forward_pre_hook(lambda m, args: rows_seen.append(args[0].shape[0]))
+    (embeddings,) = (i for i, arm in enumerate(optimizer.arms) if "embed_tokens" in arm.params[0].name)
+    drawn = []
+    for _ in range(12):
+        optimizer.step_batch(batch(), zo_dist.causal_lm_loss)
+        drawn.append(embeddings in optimizer.record.arms[0])
+    # The try that found it out went no further than the embeddings.
+    assert rows_seen == [2 * ROWS if with_embeddings else ROWS for with_embeddings in drawn]
+    assert False in drawn[drawn.index(True) :]
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt"])
+def test_layers_that_are_given_biases_of_heads_run_on_all_rows(kind: str) -> None:
+    torch.manual_seed(0)
+    model: nn.Module
+    if kind == "bloom":
+        model = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=6, n_head=4))
+    else:
+        # As many heads as there are stacked rows.
+        heads = 2 * ROWS
+        model = MptForCausalLM(
+            MptConfig(vocab_size=97, d_model=4 * heads, n_layers=6, n_heads=heads, max_seq_len=32)
+        )
+    losses, weights, _ = run(train_late_layers(copy.deepcopy(model)), 1, shared=True)
+    expected, theirs, _ = run(train_late_layers(model), 1, shared=False)
+    assert losses == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights, theirs, strict=True))

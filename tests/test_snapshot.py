@@ -193,6 +193,25 @@ def test_a_snapshot_stands_for_the_steps_before_it(tmp_path: Path) -> None:
     assert repr(again.state_dict()) == repr(optimizer.state_dict())
 
 
+def test_a_snapshot_that_is_loaded_can_be_saved_again(tmp_path: Path) -> None:
+    """Also after going back to it, as for the best model: it is tied to the step that it is of."""
+    optimizer, batch = make(), rows_for("sequential", 6, dtype=torch.bfloat16)
+    with TrajectoryWriter(tmp_path / "log", identity(optimizer)) as log:
+        for step in range(6):
+            optimizer.step_batch(batch, loss_of)
+            log.append(optimizer.record)
+            if step == 3:
+                save_snapshot(optimizer, tmp_path / "first")
+    fresh = make()
+    for number, one in enumerate((fresh, optimizer)):
+        load_snapshot(one, tmp_path / "first" / "step-00000004")
+        again = save_snapshot(one, tmp_path / str(number))
+        assert replay(make(), tmp_path / "log", snapshot=again) == 6
+    # A step of its own afterwards has a record of its own.
+    fresh.step_batch(batch, loss_of)
+    assert replay(make(), tmp_path / "log", 5, snapshot=save_snapshot(fresh, tmp_path / "own")) == 5
+
+
 def test_a_snapshot_that_is_not_of_the_log_is_refused(tmp_path: Path) -> None:
     batch = rows_for("sequential", 6, dtype=torch.bfloat16)
     for name, lr in (("a", 0.03), ("b", 0.02)):

@@ -119,6 +119,8 @@ class ZeroOrder(Stateful):
             self.arms: list[Arm] = group_arms(self.engine.module, self.params)
             # Emptied when the model turns out to run drawn weights before its layers.
             self.layers = [layer for _, layer in find_layers(self.engine.module)]
+            # Names of parameters that run before the layers: a step that draws one shares no prefix.
+            self.before_layers: set[str] = set()
             shapes = {p.name: p.shape for p in self.params}
             self.noise = noise_of(noise, seed, compile, structure, shapes)
             self.sampler = sampler or Dense()
@@ -151,8 +153,9 @@ class ZeroOrder(Stateful):
             self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
             self.step_count = self.skipped = self.skipped_in_a_row = 0
             self.clock = Clock()
-            # What the last step wrote: nothing yet.
+            # What the last step wrote, and of a loaded snapshot its step and that step's checksum: nothing yet.
             self.record = StepRecord(-1, lr)
+            self.tie: tuple[int, int | None] = 0, None
         self.engine.require_equal("the optimizer's settings", self.settings(lr))
         self.mask.bind(self.engine, self.params)
         super().__init__([p.param for p in self.params], {"lr": lr})
@@ -202,6 +205,8 @@ class ZeroOrder(Stateful):
     @torch.no_grad()
     def _step(self, evaluate: Callable[[StepProbes], Tensor]) -> float:
         step, lr = self.step_count, float(self.param_groups[0]["lr"])
+        if not 0.0 <= lr < math.inf:
+            raise ValueError(f"lr is {lr} at step {step}; a schedule must keep it finite and at least 0")
         if self.anchor.due(step):
             lr *= self.anchor.lr_ratio
         draws = self._draws(step, self.num_directions)
@@ -304,8 +309,13 @@ class ZeroOrder(Stateful):
             return evaluate(self._probes(draws, step))
         except PrefixUnsafeError as unsafe:
             # The same on every rank: it depends on the model and on the arms of all directions.
-            log.info("no shared prefix for this model: %s", unsafe)
-            self.layers = []
+            if unsafe.owner is None:
+                log.info("no shared prefix for this model: %s", unsafe)
+                self.layers = []
+            else:
+                log.info("no shared prefix in steps that draw these weights: %s", unsafe)
+                owned = [p.name for p in self.params if any(o.module is unsafe.owner for o in p.owners)]
+                self.before_layers.update(owned)
             return evaluate(self._probes(draws, step))
 
     def _probes(self, draws: list[Draw], step: int) -> StepProbes:
@@ -321,7 +331,8 @@ class ZeroOrder(Stateful):
         shifts = Shifts(*of_step, self.clock)
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
-            perturbation = ModulePerturbation(list(union.values()), shifts, self.layers)
+            shared = [] if union.keys() & self.before_layers else self.layers
+            perturbation = ModulePerturbation(list(union.values()), shifts, shared)
         else:
             perturbation = ShardPerturbation(shifts, self.engine.publish)
         return StepProbes(self.engine, drawn, self.directions_per_row, self.estimator, self.eps, perturbation)
@@ -343,7 +354,7 @@ class ZeroOrder(Stateful):
         """The start-up check and the compilation of the noise, which the first step else begins with.
 
         The check is by `row_loss`, or by the `check` of an `Objective`.
-        Every rank must call it, if any does. Raises SelfCheckError (see `selfcheck`) on every rank.
+        Every rank must call it, if any does. Raises on every rank what `selfcheck.check_engine` does.
         """
 
         smooth = row_loss.check if isinstance(row_loss, Objective) else row_loss
@@ -358,7 +369,15 @@ class ZeroOrder(Stateful):
     def _prepare(self, evaluate: Callable[[int], Tensor], stacks: bool) -> None:
         if self._prepared:
             return
+        self.warm_up()
+        if self.self_check:
+            with evaluating(self.engine.module):
+                check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, evaluate)
+        # Not before: a check that an error ended is made again.
         self._prepared = True
+
+    def warm_up(self) -> None:
+        """Compile the noise kernels for these weights; where nothing can be compiled they run eagerly."""
         # A weight is shifted where the model computes, and written where its span is.
         kinds = {(p.param.dtype, self.engine.device) for p in self.params}
         kinds |= {(span.flat.dtype, span.flat.device) for span in self.engine.spans(self.params)}
@@ -368,6 +387,3 @@ class ZeroOrder(Stateful):
             kinds,
             lambda w: use_each_kernel(w, self.rule, self.rounding.mode, self.noise, most, unfused),
         )
-        if self.self_check:
-            with evaluating(self.engine.module):
-                check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, evaluate)

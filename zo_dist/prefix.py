@@ -19,8 +19,12 @@ from torch.utils import _pytree as pytree
 
 class PrefixUnsafeError(RuntimeError):
     """The model runs a drawn module before the layers, its layers do not take rows along dim 0, or they
-    remember rows from one forward to the next (a KV cache).
+    remember rows from one forward to the next (a KV cache). `owner`: the drawn module, if it is that alone.
     """
+
+    def __init__(self, reason: str, owner: nn.Module | None = None) -> None:
+        super().__init__(reason)
+        self.owner = owner
 
 
 @contextmanager
@@ -83,7 +87,8 @@ class SharedPrefix:
     def require_stacked(self, owner: nn.Module) -> None:
         """Called when a drawn module runs: by then the rows must be stacked again."""
         if self._waiting:
-            raise PrefixUnsafeError(f"{type(owner).__name__} holds drawn weights and runs before the layers")
+            reason = f"{type(owner).__name__} holds drawn weights and runs before the layers"
+            raise PrefixUnsafeError(reason, owner)
 
     def _wrapped(self, forward: Callable[..., Any], last: bool) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -103,7 +108,14 @@ class SharedPrefix:
                 self._waiting = False
             move = self._restack if last else self._share
             args, kwargs = pytree.tree_unflatten([move(leaf) for leaf in leaves], spec)
-            return forward(*args, **kwargs)
+            try:
+                return forward(*args, **kwargs)
+            except RuntimeError as error:
+                if isinstance(error, (PrefixUnsafeError, torch.OutOfMemoryError)):
+                    raise
+                # ALiBi's biases may have rows times heads along dim 0, or as many heads as there are rows.
+                # An error of another kind comes again when rows are not shared.
+                raise PrefixUnsafeError(f"a layer did not take the rows that were left: {error}") from error
 
         return run
 

@@ -46,6 +46,7 @@ def replay(
     Cost: the write of each step, one pass over the weights before, and one reading of the log more, to
     know that it is whole.
     """
+    optimizer.warm_up()
     mine = identity(optimizer)
     with optimizer.engine.jointly():
         reader = TrajectoryReader(log)

@@ -123,10 +123,12 @@ def find_earlier(config: Config, rows: Sequence[EncodedRow], ranks: Engine) -> E
     run, or a log that is damaged.
     """
     earlier: Earlier | None = None
+    # A launcher that starts a run again after a failure means the run that it started. Each node counts its
+    # own failures alone.
+    restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    restarted = bool(ranks.exchange([restarts]).any())
     with ranks.jointly():
         path = Path(config.train.output) / LOG
-        # A launcher that starts a run again after a failure means the run that it started.
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if (config.train.existing == "resume" or restarted) and path.exists():
             reader = TrajectoryReader(path)
             steps = sum(1 for _ in reader)

@@ -37,7 +37,10 @@ class SelfCheckError(ValueError):
 def check_engine(
     engine: Engine, arms: Sequence[Arm], noise: Noise, perturb: str, stacks: bool, evaluate: Evaluate
 ) -> None:
-    """Raise SelfCheckError on every rank if any of the three promises does not hold on any rank.
+    """Raise on every rank if any of the three promises does not hold on any rank.
+
+    SelfCheckError; of a write that one rank alone does not see, on that rank, and ValueError, which has its
+    reason, on the others.
 
     `stacks`: whether `evaluate` can take several rows; if not, all arms are shifted at once.
     """
@@ -119,14 +122,22 @@ def _stale_writes(engine: Engine, params: Sequence[Param], evaluate: Evaluate) -
     spans = engine.spans(params)
     before = [_ends(span).clone() for span in spans]
     stale: list[str] = []
-    for restored in (False, True):
+
+    def put(ends: Sequence[Tensor]) -> dict[str, tuple[Span, Tensor]]:
         expected: dict[str, tuple[Span, Tensor]] = {}
-        for span, values in zip(engine.spans(params), before, strict=True):
-            now = values if restored else torch.where(values == 0, torch.ones_like(values), -values)
+        for span, now in zip(engine.spans(params), ends, strict=True):
             span.flat[0], span.flat[-1] = now[0], now[1]
             expected[span.name] = (span, now if span.flat.numel() > 1 else now[:1].repeat(2))
         engine.publish()
-        stale += _forward_and_compare(params, expected, evaluate)
+        return expected
+
+    try:
+        flipped = [torch.where(values == 0, torch.ones_like(values), -values) for values in before]
+        stale += _forward_and_compare(params, put(flipped), evaluate)
+    finally:
+        # Whatever a user's loss raises, or Ctrl-C.
+        restored = put(before)
+    stale += _forward_and_compare(params, restored, evaluate)
     return sorted(set(stale))
 
 

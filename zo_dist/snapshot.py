@@ -57,11 +57,10 @@ class PendingSnapshot:
             if engine.rank == 0:
                 remove_unfinished(self._folder)
                 self._partial.mkdir(parents=True)
-        record = optimizer.record.pack(len(optimizer.arms)) if optimizer.step_count else None
         self._manifest = {
             "step": optimizer.step_count,
             "weights": digest,
-            "record": record and google_crc32c.value(record),
+            "record": _tie(optimizer),
             "scalars": optimizer.scalars,
         }
         self._file: tuple[int, int] = (0, 0)
@@ -137,8 +136,20 @@ def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
         span.flat.copy_(piece)
     engine.publish()
     optimizer.scalars = manifest["scalars"]
+    optimizer.tie = manifest["step"], manifest["record"]
     if weights_digest(optimizer, optimizer.params) != manifest["weights"]:
         raise SnapshotError(f"the weights read from {path} are not those that were saved; {_remedy(path)}")
+
+
+def _tie(optimizer: ZeroOrder) -> int | None:
+    """The checksum of the last step's record, by which a log knows a snapshot of its own."""
+    step, loaded = optimizer.tie
+    if step == optimizer.step_count:
+        return loaded
+    if optimizer.record.step + 1 != optimizer.step_count:
+        # Of a state that `load_state_dict` brought: no log has it.
+        return None
+    return int(google_crc32c.value(optimizer.record.pack(len(optimizer.arms))))
 
 
 def weights_digest(optimizer: ZeroOrder, params: Sequence[Param]) -> str:

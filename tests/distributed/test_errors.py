@@ -30,6 +30,40 @@ def make(engine: str, **options: Any) -> Any:
     return table.optimizer(wrap(engine, build("sequential")), self_check=False, **options)
 
 
+def test_a_rate_that_is_no_number_writes_nothing() -> None:
+    optimizer = table.optimizer(build("sequential"), lr=0.1)
+    before = digest(whole_weights(optimizer))
+    for lr in (math.nan, math.inf, -1.0):
+        optimizer.param_groups[0]["lr"] = lr
+        with pytest.raises(ValueError, match=r"lr is .* at step 0; a schedule must keep it finite"):
+            optimizer.step_batch(rows_for("sequential", 4), loss_of)
+    assert (digest(whole_weights(optimizer)), optimizer.step_count) == (before, 0)
+
+
+def test_a_check_that_an_error_ends_leaves_the_weights_and_is_made_again() -> None:
+    rows, forwards, last = rows_for("sequential", 4), 0, math.inf
+
+    def counted(model: Any, batch: Any) -> Any:
+        nonlocal forwards
+        forwards += 1
+        if forwards == last:
+            raise KeyboardInterrupt
+        return loss_of(model, batch)
+
+    table.optimizer(build("sequential"), lr=0.1).prepare(rows, counted)
+    whole = forwards
+    assert whole >= 3
+    for last in range(1, whole + 1):
+        optimizer, forwards = table.optimizer(build("sequential"), lr=0.1), 0
+        before = digest(whole_weights(optimizer))
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.prepare(rows, counted)
+        assert digest(whole_weights(optimizer)) == before, last
+        forwards, last = 0, math.inf
+        optimizer.prepare(rows, counted)
+        assert forwards == whole
+
+
 def with_a_setting_of_its_own(engine: str, options: dict[str, list[Any]]) -> None:
     make(engine, **{key: values[rank()] for key, values in options.items()})
 

@@ -21,11 +21,12 @@ _FIRST = "zo_dist/first"
 _LOOK = timedelta(seconds=0.5)
 
 
-def initialize_process_group(timeout_s: float = 600.0) -> torch.device:
+def initialize_process_group(timeout_s: float = 7200.0) -> torch.device:
     """Join the process group the launcher set up (torchrun, deepspeed, accelerate); returns the device.
 
     Without a launcher this is one process and no group is made. CPU tensors go over gloo, GPU
-    tensors over NCCL. A rank that dies makes the others fail after `timeout_s`, not wait for ever.
+    tensors over NCCL. A rank that hangs makes the others fail after `timeout_s`, not wait for ever; where one
+    dies the launcher ends them at once. It is long because they wait while rank 0 writes a whole model.
     """
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
