@@ -153,7 +153,7 @@ class ZeroOrder(Stateful):
             self.max_skipped, self.self_check, self._prepared = max_skipped, self_check, False
             self.step_count = self.skipped = self.skipped_in_a_row = 0
             self.clock = Clock()
-            # What the last step wrote, and of a loaded snapshot its step and that step's checksum: nothing yet.
+            # What the last step wrote, and a loaded snapshot's step and checksum: nothing yet.
             self.record = StepRecord(-1, lr)
             self.tie: tuple[int, int | None] = 0, None
         self.engine.require_equal("the optimizer's settings", self.settings(lr))
