@@ -402,10 +402,12 @@ def test_rows_may_be_clipped_and_the_curvature_is_that_of_all() -> None:
             build("sequential"), lr=0.0, eps=EPS, seed=SEED, self_check=False, noise="gaussian",
             estimator=zo_dist.ThreeSided(limit), curvature=zo_dist.DiagonalCurvature(),
         )
-        for limit in (math.inf, 0.5)
+        for limit in (math.inf, 0.02)
     )  # fmt: skip
     for optimizer in (plain, clipped):
         step(optimizer)
+    # So that it cannot but be cut.
+    assert abs(plain.record.slopes[0]) > 0.02
     assert abs(clipped.record.slopes[0]) < abs(plain.record.slopes[0])
     ((of_plain, _),), ((of_clipped, _),) = plain.record.curvatures, clipped.record.curvatures
     # Losses of some 10 in float64, over eps squared.

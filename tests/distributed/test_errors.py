@@ -17,6 +17,8 @@ from models import build, cut, loss_of, rows_for
 from tiny_run import environment
 from workers import Pool, deepspeed_engine, digest, ds_config, needs_deepspeed, whole_weights, wrap
 
+from zo_dist.engines import on_each_node_first
+
 PoolOf = Callable[[int], Pool]
 
 
@@ -62,6 +64,20 @@ def test_a_check_that_an_error_ends_leaves_the_weights_and_is_made_again() -> No
         forwards, last = 0, math.inf
         optimizer.prepare(rows, counted)
         assert forwards == whole
+
+
+def with_files_that_rank_1_cannot_read() -> None:
+    def job() -> None:
+        if rank() == 1:
+            raise OSError("no such snapshot of the tokenizer")
+
+    on_each_node_first(job)
+
+
+def test_what_one_rank_cannot_read_is_told_by_all(pool: PoolOf) -> None:
+    first, second = pool(2).errors(with_files_that_rank_1_cannot_read)
+    assert "rank 1 failed to prepare its files: no such snapshot of the tokenizer" in first
+    assert "OSError" in second
 
 
 def with_a_setting_of_its_own(engine: str, options: dict[str, list[Any]]) -> None:

@@ -78,7 +78,10 @@ def leave_process_group() -> None:
 
 
 def on_each_node_first(job: Callable[[], T]) -> T:
-    """Run `job` on the first rank of each node, then on the others: for downloads into a cache."""
+    """Run `job` on the first rank of each node, then on the others: for downloads into a cache.
+
+    If it raises on any rank, every rank raises: RuntimeError with the reason where it was another's.
+    """
     if not dist.is_initialized():
         return job()
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -90,8 +93,10 @@ def on_each_node_first(job: Callable[[], T]) -> T:
                 result.append(job())
             except Exception as caught:
                 error = caught
-        failed = torch.tensor([float(error is not None)])
-        dist.all_reduce(failed)
-        if failed.item():
-            raise error or RuntimeError("another rank failed to prepare its files; see its log")
+        reasons: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, error and str(error))
+        for rank, reason in enumerate(reasons):
+            # Rank 0, which people read, may not be the one that failed.
+            if reason is not None:
+                raise error or RuntimeError(f"rank {rank} failed to prepare its files: {reason}")
     return result[0]
