@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import socket
 import subprocess
@@ -223,6 +222,5 @@ def test_a_script_for_the_trainer_becomes_zeroth_order(tmp_path: Path, launcher:
 def test_a_loop_with_accelerate(tmp_path: Path) -> None:
     out = _example("accelerate", EXAMPLES / "accelerate_loop.py", str(write_model(tmp_path / "model")))
     losses = [float(line) for line in out.split()]
-    # Rank 0 alone prints. Batches are shuffled, and the model of random weights knows none of its 256 words.
     assert len(losses) == 4
-    assert all(abs(loss - math.log(256)) < 1.0 for loss in losses)
+    assert losses[-1] < losses[0]

@@ -176,14 +176,20 @@ def test_both_go_on_as_one(tmp_path: Path, options: dict[str, Any]) -> None:
     assert lost_of(again) == lost_of(ran) if "rounding" not in options else not ran.rounding.lost
 
 
-def test_a_snapshot_stands_for_the_steps_before_it(tmp_path: Path) -> None:
+def logged(log: Path, steps: int, saved: int, folder: Path) -> zo_dist.ZeroOrder:
+    """An optimizer after so many steps in a log, with a snapshot of the first `saved` in the folder."""
     optimizer, batch = make(), rows_for("sequential", 6, dtype=torch.bfloat16)
-    with TrajectoryWriter(tmp_path / "log", identity(optimizer)) as log:
-        for step in range(9):
+    with TrajectoryWriter(log, identity(optimizer)) as writer:
+        for _ in range(steps):
             optimizer.step_batch(batch, loss_of)
-            log.append(optimizer.record)
-            if step == 5:
-                save_snapshot(optimizer, tmp_path)
+            writer.append(optimizer.record)
+            if optimizer.step_count == saved:
+                save_snapshot(optimizer, folder)
+    return optimizer
+
+
+def test_a_snapshot_stands_for_the_steps_before_it(tmp_path: Path) -> None:
+    optimizer = logged(tmp_path / "log", 9, 6, tmp_path)
     again, replayed = make(), []
     original = again.replay
     again.replay = lambda record: (replayed.append(record.step), original(record))[1]  # type: ignore[method-assign]
@@ -195,20 +201,14 @@ def test_a_snapshot_stands_for_the_steps_before_it(tmp_path: Path) -> None:
 
 def test_a_snapshot_that_is_loaded_can_be_saved_again(tmp_path: Path) -> None:
     """Also after going back to it, as for the best model: it is tied to the step that it is of."""
-    optimizer, batch = make(), rows_for("sequential", 6, dtype=torch.bfloat16)
-    with TrajectoryWriter(tmp_path / "log", identity(optimizer)) as log:
-        for step in range(6):
-            optimizer.step_batch(batch, loss_of)
-            log.append(optimizer.record)
-            if step == 3:
-                save_snapshot(optimizer, tmp_path / "first")
+    optimizer = logged(tmp_path / "log", 6, 4, tmp_path / "first")
     fresh = make()
     for number, one in enumerate((fresh, optimizer)):
         load_snapshot(one, tmp_path / "first" / "step-00000004")
         again = save_snapshot(one, tmp_path / str(number))
         assert replay(make(), tmp_path / "log", snapshot=again) == 6
     # A step of its own afterwards has a record of its own.
-    fresh.step_batch(batch, loss_of)
+    fresh.step_batch(rows_for("sequential", 6, dtype=torch.bfloat16), loss_of)
     assert replay(make(), tmp_path / "log", 5, snapshot=save_snapshot(fresh, tmp_path / "own")) == 5
 
 

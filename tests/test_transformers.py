@@ -252,7 +252,7 @@ def small_mixtral(router: bool) -> MixtralForCausalLM:
     )  # fmt: skip
 
 
-def small_bart(_: bool) -> BartForCausalLM:
+def small_bart() -> BartForCausalLM:
     sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
     model = BartForCausalLM(BartConfig(vocab_size=256, max_position_embeddings=32, **sizes))
     for name, param in model.named_parameters():
@@ -262,18 +262,18 @@ def small_bart(_: bool) -> BartForCausalLM:
 
 
 @pytest.mark.parametrize(
-    ("build", "special", "own"),
-    [(small_mixtral, False, False), (small_mixtral, True, True), (small_bart, True, True)],
+    ("model", "own"),
+    [(lambda: small_mixtral(False), False), (lambda: small_mixtral(True), True), (small_bart, True)],
     ids=["plain", "router", "unshifted"],
 )
 def test_a_causal_model_with_a_loss_of_its_own_is_found_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, build: Any, special: bool, own: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, model: Any, own: bool
 ) -> None:
     """`auto` is what the Trainer's own evaluation of the same rows is, but for the loss's curvature."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"zo": {"eps": 1e-3}, "max_steps": 1, "learning_rate": 1e-9}
     options |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    it = trainer(build(special), tmp_path, InOrderZOTrainer, **options)
+    it = trainer(model(), tmp_path, InOrderZOTrainer, **options)
     with torch.no_grad():
         expected = float(it.model.eval()(**padded(ROWS[:8])).loss)
     it.train()

@@ -172,12 +172,7 @@ def _config(args: argparse.Namespace) -> Config:
         model = found[0]
     if path is None:
         raise ValueError(f"{args.model!r} is no run's folder (no config.yaml in it): name a config file too")
-    settings = read_yaml(Path(path))
-    # Unless one is named, what fits the processes here.
-    settings["engine"] = {}
-    source = str(model) if model.exists() else args.model
-    apply_overrides(settings, [*overrides, f"model.source={json.dumps(source)}"])
-    return build(Config, settings)
+    return _of_run(read_yaml(Path(path)), overrides, str(model) if model.exists() else args.model)
 
 
 def _replayed(args: argparse.Namespace, overrides: list[str]) -> Config:
@@ -187,10 +182,15 @@ def _replayed(args: argparse.Namespace, overrides: list[str]) -> Config:
     settings = TrajectoryReader(args.log).header.get("config")
     if not isinstance(settings, dict):
         raise ValueError(f"{args.log} was not written by zo-dist train: replay it with zo_dist.replay.replay")
+    return _of_run(settings, overrides, args.base)
+
+
+def _of_run(settings: dict[str, Any], overrides: list[str], source: str | None) -> Config:
+    """The config of a run that was, with another model if one is given."""
     # Any engine gives the same bits: unless one is named, it is what fits the processes here.
     settings["engine"] = {}
-    base = [] if args.base is None else [f"model.source={json.dumps(args.base)}"]
-    apply_overrides(settings, [*overrides, *base])
+    model = [] if source is None else [f"model.source={json.dumps(source)}"]
+    apply_overrides(settings, [*overrides, *model])
     return build(Config, settings)
 
 

@@ -110,9 +110,9 @@ class SharedPrefix:
             args, kwargs = pytree.tree_unflatten([move(leaf) for leaf in leaves], spec)
             try:
                 return forward(*args, **kwargs)
+            except (PrefixUnsafeError, torch.OutOfMemoryError):
+                raise
             except RuntimeError as error:
-                if isinstance(error, (PrefixUnsafeError, torch.OutOfMemoryError)):
-                    raise
                 # ALiBi's biases may have rows times heads along dim 0, or as many heads as there are rows.
                 # An error of another kind comes again when rows are not shared.
                 raise PrefixUnsafeError(f"a layer did not take the rows that were left: {error}") from error

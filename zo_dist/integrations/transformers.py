@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -248,7 +247,7 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
         full = self.args.train_batch_size * self.args.gradient_accumulation_steps
         least = -(-groups // self.args.world_size)
         rows = sum(map(num_rows, batches))
-        return list(batches) * (math.ceil(least / rows) if 0 < rows < least <= full else 1)
+        return list(batches) * (-(-least // rows) if 0 < rows < least <= full else 1)
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
         """Do the losses of micro-batches add up to the mean, or are they means?"""
