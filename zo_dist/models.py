@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from zo_dist.config import Config, ModelConfig
 from zo_dist.engines import DsConfig, read_ds_config
 from zo_dist.engines.build import (
     fsdp2_mesh,
+    reading_shards,
     require_process_group,
     shard_with_fsdp2,
     zero3_engine,
@@ -56,8 +60,9 @@ def choose_engine(config: Config, num_ranks: int) -> str:
 def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, num_ranks: int) -> nn.Module:
     """The model as `ZeroOrder` takes it, in eval mode. Every rank must call it.
 
-    fsdp2 and replicated read the whole model into each process's memory first; deepspeed stage 3
-    partitions each weight as it is read.
+    fsdp2 reads of each file what this rank is to hold, but for models that `reading_shards` names and where
+    shards are offloaded to the CPU of a GPU machine: those go whole through each process's memory. deepspeed
+    stage 3 partitions each weight as rank 0 reads it.
     """
     kind = choose_engine(config, num_ranks)
     if kind == "fsdp2":
@@ -66,12 +71,17 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
         mesh = fsdp2_mesh(device, config.engine.shard_ranks)
         if config.engine.offload_to_cpu and device.type == "cpu" and rank == 0:
             log.info("engine.offload_to_cpu changes nothing here: the ranks compute on the CPU")
-        return shard_with_fsdp2(
-            _trainable(config.model),
-            mesh,
-            offload_to_cpu=config.engine.offload_to_cpu,
-            compute_dtype=config.engine.torch_compute_dtype,
-        )
+        offload = config.engine.offload_to_cpu
+
+        def shard(module: nn.Module) -> nn.Module:
+            compute_dtype = config.engine.torch_compute_dtype
+            return shard_with_fsdp2(module, mesh, offload_to_cpu=offload, compute_dtype=compute_dtype)
+
+        # Read in shards, weights go to the device of the mesh, where those to be offloaded may find no room.
+        whole = offload and device.type != "cpu"
+        with nullcontext() if whole else reading_shards(shard, mesh.size(-1)):
+            model = _trainable(config.model, distributed_config=None if whole else DistributedConfig())
+        return model.to(device) if isinstance(model, FSDPModule) else shard(model)
     if kind == "deepspeed":
         assert config.engine.deepspeed is not None
         ds = read_ds(config, hf_config, num_ranks)
@@ -99,14 +109,15 @@ def read_ds(config: Config, hf_config: Any, num_ranks: int) -> DsConfig:
     )
 
 
-def _trainable(config: ModelConfig) -> nn.Module:
-    """The model in memory, in eval mode, frozen where it is not trained."""
+def _trainable(config: ModelConfig, **options: object) -> nn.Module:
+    """The model in memory, in eval mode, frozen where it is not trained. `options`: of `from_pretrained`."""
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             str(resolve_model(config.source)),
             dtype=config.torch_dtype,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            **options,
         )
     except OSError as error:
         raise ValueError(f"model.source: cannot load {config.source!r}: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import PreTrainedModel
 
 from zo_dist.engines.ds_config import DsConfig
 from zo_dist.params import find_layers, is_quantised
@@ -82,6 +83,33 @@ def shard_with_fsdp2(
 def is_cpu_offload(policy: object) -> bool:
     """Is this FSDP2's policy that keeps shards in CPU memory?"""
     return isinstance(policy, CPUOffloadPolicy)
+
+
+@contextmanager
+def reading_shards(shard: Callable[[nn.Module], nn.Module], num_shards: int) -> Iterator[None]:
+    """Inside, `from_pretrained(distributed_config=DistributedConfig())` reads what this rank holds, no more.
+
+    transformers builds the model without memory, has a hook of its own shard it, then reads, converts
+    and casts slices of the files (since 5.15). Its sharding makes other groups than `shard_with_fsdp2`, needs
+    a plan that some models lack, and more than one process: so `shard` takes the hook's place. Shards come to
+    the mesh's device; buffers stay on the CPU until `.to(device)`. A model that it cannot read in parts
+    comes whole and not sharded: one with quantised weights, or with fewer experts than hold for each
+    of `num_shards` ranks to have one.
+    """
+
+    def hook(cls: type[PreTrainedModel], model: nn.Module, *others: object) -> nn.Module:
+        quantised = getattr(model.config, "quantization_config", None) is not None
+        # Experts in a file each are stacked, which fails where there is none.
+        stacked = {param.shape[0] for param in model.parameters() if param.ndim > 2}
+        empty = any(-(-rows // num_shards) * (num_shards - 1) >= rows for rows in stacked)
+        return model if quantised or (empty and num_shards > 1) else shard(model)
+
+    PreTrainedModel.maybe_distribute_model = classmethod(hook)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        # What it inherits is found again.
+        del PreTrainedModel.maybe_distribute_model
 
 
 @contextmanager

@@ -1,0 +1,142 @@
+"""A model of which each rank reads its part is, bit for bit, the one that a process reads whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import KINDS, build, loss_of, rows_for
+from planned import wide_llama
+from tiny_run import write_config
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from workers import Pool, digest, whole_weights
+
+FILES = ("one file", "files of some weights", "without the head's names", "pickled")
+
+
+def write(path: Path, kind: str, files: str, dtype: torch.dtype) -> Path:
+    model = build(kind, dtype)
+    if files == "without the head's names":
+        model.base_model.save_pretrained(path)
+    elif files == "pickled":
+        model.config.save_pretrained(path)
+        GenerationConfig().save_pretrained(path)
+        torch.save(model.state_dict(), path / "pytorch_model.bin")
+    else:
+        model.save_pretrained(path, max_shard_size="4KB" if files == "files of some weights" else "1GB")
+    return path
+
+
+def whole(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return {
+        "weights": digest(dict(model.named_parameters())),
+        "buffers": digest(dict(model.named_buffers())),
+        "tied": model.get_input_embeddings().weight is model.lm_head.weight,
+    }
+
+
+def in_parts(config_path: str, overrides: list[str]) -> dict[str, Any]:
+    """What a rank has: read, then trained for a step whose every write is large, then read again."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    from zo_dist import ZeroOrder
+    from zo_dist.config import load_config
+    from zo_dist.models import load_model
+
+    config = load_config(config_path, overrides)
+    hf_config = AutoConfig.from_pretrained(config.model.source)
+    results = []
+    for _ in range(2):
+        model = load_model(config, hf_config, torch.device("cpu"), dist.get_rank(), dist.get_world_size())
+        placed = list(model.parameters())
+        assert all(isinstance(p, DTensor) and not p.is_meta for p in placed)
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        for p in placed:
+            p.requires_grad_(True)
+        optimizer = ZeroOrder(model, lr=1.0, self_check=False)
+        results.append(
+            {
+                "weights": digest(whole_weights(optimizer)),
+                "buffers": digest(dict(model.named_buffers())),
+                "tied": model.get_input_embeddings().weight is model.lm_head.weight,
+                "frozen": sorted(frozen),
+                "training": model.training,
+            }
+        )
+        optimizer.step_batch(rows_for("llama", 3), loss_of)
+        assert digest(whole_weights(optimizer)) != results[-1]["weights"]
+    assert results[0] == results[1], "a step wrote to the files that were read"
+    return results[0]
+
+
+def config_for(folder: Path, source: Path, dtype: torch.dtype, **engine: Any) -> str:
+    model = {"source": str(source), "dtype": str(dtype).removeprefix("torch.")}
+    return str(write_config(folder, model=model, engine={"kind": "fsdp2", **engine}))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sequential"])
+def test_ranks_read_what_one_process_reads(
+    pool: Callable[[int], Pool], tmp_path: Path, kind: str, num_ranks: int
+) -> None:
+    source = write(tmp_path / "source", kind, "files of some weights", torch.float32)
+    path = config_for(tmp_path, source, torch.bfloat16)
+    expected = {**whole(source, torch.bfloat16), "frozen": [], "training": False}
+    assert pool(num_ranks).run(in_parts, path, []) == [expected] * num_ranks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("files", FILES)
+def test_whatever_the_files_are_and_their_dtype(
+    pool: Callable[[int], Pool], tmp_path: Path, files: str, dtype: torch.dtype
+) -> None:
+    source = write(tmp_path / "source", "llama_tied", files, dtype)
+    path = config_for(tmp_path, source, torch.float32)
+    pattern = r"layers\.1\."
+    result = pool(2).run(in_parts, path, [f"model.parameters={pattern}"])[0]
+    names = dict(build("llama_tied").named_parameters())
+    assert result["frozen"] == sorted(name for name in names if "layers.1." not in name)
+    assert {key: result[key] for key in ("weights", "buffers", "tied")} == whole(source, torch.float32)
+
+
+def test_replicas_of_shards_read_their_shard(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "qwen3", "one file", torch.bfloat16)
+    path = config_for(tmp_path, source, torch.bfloat16, shard_ranks=2)
+    expected = {**whole(source, torch.bfloat16), "frozen": [], "training": False}
+    assert pool(4).run(in_parts, path, []) == [expected] * 4
+
+
+def peak_of_loading(config_path: str) -> int:
+    """Bytes that loading needs at most, above what the process had before."""
+    import torch.distributed as dist
+
+    from benchmarks import memory
+    from zo_dist.config import load_config
+    from zo_dist.models import load_model
+
+    config = load_config(config_path, [])
+    hf_config = AutoConfig.from_pretrained(config.model.source)
+    memory.settled()
+    before = memory.resident_bytes()
+    place = torch.device("cpu"), dist.get_rank(), dist.get_world_size()
+    return memory.peak_bytes(lambda: load_model(config, hf_config, *place), place[0]) - before
+
+
+def test_a_rank_needs_no_more_than_its_shard_and_the_bytes_it_reads(
+    pool: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_config(wide_llama(), dtype=torch.float16)
+    model.save_pretrained(tmp_path / "source", max_shard_size="40MB")
+    numel = sum(p.numel() for p in model.parameters())
+    path = config_for(tmp_path, tmp_path / "source", torch.float32)
+    pool(2).run(peak_of_loading, path)  # what is imported once
+    largest = max(p.numel() for p in model.parameters())
+    # Half of 76 M weights in float32, half of the file's pages, which stay mapped, and one weight: 262 MB. A
+    # model that is read whole takes 456 MB.
+    limit = numel // 2 * (4 + 2) + largest * 4
+    assert max(pool(2).run(peak_of_loading, path)) < limit
