@@ -100,7 +100,7 @@ MORE_ENGINES = {
     1: ("ddp", "zero0"),
     2: ("ddp", "hsdp_2x1", "hsdp_1x2", "fsdp2_mixed", "fsdp2_offload", "zero0", "zero2", "zero3_offload"),
     3: ("fsdp2_mixed", "zero3_offload"),
-    4: ("hsdp_2x2",),
+    4: ("hsdp_2x2", "zero3_2x2"),
 }
 
 

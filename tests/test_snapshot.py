@@ -32,7 +32,7 @@ PLACES = [
     ("fsdp2", 2),
     ("fsdp2", 3),
     ("hsdp_2x2", 4),
-    *(pytest.param(*case, marks=needs_deepspeed) for case in (("zero3", 2), ("zero3", 3))),
+    *(pytest.param(*case, marks=needs_deepspeed) for case in (("zero3", 2), ("zero3", 3), ("zero3_2x2", 4))),
 ]
 
 

@@ -121,9 +121,10 @@ def test_a_run_on_shards_is_evaluated_by_one_process(
         ("replicated", ["engine.kind=replicated"]),
         ("fsdp2", ["engine.kind=fsdp2", "engine.shard_ranks=1"]),
         ("deepspeed", ["--deepspeed", ZERO3]),
+        ("deepspeed", ["--deepspeed", ZERO3, "engine.kind=deepspeed", "engine.shard_ranks=1"]),
         ("replicated", ["--deepspeed", ZERO3.replace("zero3", "zero2")]),
     ],
-    ids=["fsdp2", "replicated", "hsdp", "zero3", "zero2"],
+    ids=["fsdp2", "replicated", "hsdp", "zero3", "zero3 in groups", "zero2"],
 )
 def test_two_ranks_train_the_same_run(
     one_process: tuple[Path, dict[str, Any]], tmp_path: Path, name: str, args: list[str]
@@ -253,6 +254,12 @@ BAD_INPUT = {
     "folder without a model": (_no_config, "model.source: cannot load"),
     "missing data": (lambda _: {"data": {"source": "/nowhere.jsonl"}}, "there is nothing at"),
     "unknown task": (lambda _: {"data": {"task": "sst3"}}, "did you mean 'sst2'"),
+    "groups that shard nothing": (
+        lambda _: {
+            "engine": {"kind": "deepspeed", "deepspeed": ZERO3.replace("zero3", "zero2"), "shard_ranks": 2}
+        },
+        "ds_zero2.json is of stage 2, which shards no weights",
+    ),
     "pattern that matches nothing": (
         lambda _: {"model": {"parameters": "layer_9"}},
         "'layer_9', which is found in no parameter's name",

@@ -291,6 +291,7 @@ ENGINES = (
     "zero3",
     "zero3_init",
     "zero3_offload",
+    "zero3_2x2",
     "zero0",
     "zero2",
 )
@@ -313,6 +314,13 @@ def wrap(engine: str, model: Any) -> Any:
         config["zero_allow_untested_optimizer"] = True
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         return deepspeed_engine(model, config, optimizer=optimizer)
+    if engine == "zero3_2x2":
+        from zo_dist.engines import read_ds_config
+        from zo_dist.engines.build import zero3_engine, zero3_group
+
+        stage3, dtype = {"zero_optimization": {"stage": 3}}, next(model.parameters()).dtype
+        ds = read_ds_config(stage3, hidden_size=16, micro_batch=1, num_ranks=4, dtype=dtype)
+        return zero3_engine(model, ds, zero3_group(2))
     zero: dict[str, Any] = {"stage": int(engine[4])}
     if engine == "zero3_offload":
         zero["offload_param"] = {"device": "cpu"}

@@ -35,14 +35,15 @@ from zo_dist.settings import apply_overrides, build, read_yaml
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
-# Keys of EngineConfig for fsdp2 alone: the value that means "not given", and what other kinds have instead.
-_FSDP2_KEYS: dict[str, tuple[object, str]] = {
-    "shard_ranks": (None, "deepspeed shards over all ranks, replicated not at all"),
+# Keys of EngineConfig for some kinds alone: which, the value that means "not given", and what others have.
+_KEYS_OF_SOME: dict[str, tuple[tuple[str, ...], object, str]] = {
+    "shard_ranks": (("fsdp2", "deepspeed"), None, "replicated shards nothing"),
     "offload_to_cpu": (
+        ("fsdp2",),
         False,
         "deepspeed: zero_optimization.offload_param.device is cpu in the ds_config.json, at stage 3",
     ),
-    "compute_dtype": (None, "deepspeed and replicated compute in model.dtype"),
+    "compute_dtype": (("fsdp2",), None, "deepspeed and replicated compute in model.dtype"),
 }
 
 
@@ -99,9 +100,9 @@ class EngineConfig:
     """Who holds the weights.
 
     `auto`: deepspeed if `deepspeed` names a ds_config.json, else fsdp2 on several processes, else
-    replicated. The other keys are for `kind: fsdp2` alone, and an error where it is another.
-    `shard_ranks`: shard over groups of this many consecutive ranks and replicate between the groups
-    (HSDP), so that weights are gathered inside a group; null shards over all. `offload_to_cpu`: keep
+    replicated. `shard_ranks`, for `fsdp2` and `deepspeed` at stage 3: shard over groups of this many
+    consecutive ranks and replicate between the groups (HSDP), so that weights are gathered inside a group;
+    null shards over all. The last two are for `fsdp2`, and an error elsewhere. `offload_to_cpu`: keep
     the shards in CPU memory, write them there, and copy each to the device when it is gathered;
     ranks that compute on the CPU have them there anyway. `compute_dtype`: what weights are gathered,
     shifted and multiplied in (`MixedPrecisionPolicy`), while they are stored, updated and saved in
@@ -124,13 +125,13 @@ class EngineConfig:
             )
         if self.shard_ranks is not None:
             _at_least(self, 1, "shard_ranks")
-        for key, (unset, instead) in _FSDP2_KEYS.items():
+        for key, (kinds, unset, instead) in _KEYS_OF_SOME.items():
             value = getattr(self, key)
-            if value != unset and self.kind != "fsdp2":
+            if value != unset and self.kind not in kinds:
                 off = "null" if unset is None else "false"
                 raise ValueError(
-                    f"{key} is {value}, but kind is {self.kind}, and only fsdp2 heeds it: set kind to "
-                    f"fsdp2, or {key} to {off} ({instead})"
+                    f"{key} is {value}, but kind is {self.kind}, which does not heed it: set kind to "
+                    f"{' or '.join(kinds)}, or {key} to {off} ({instead})"
                 )
 
     @property

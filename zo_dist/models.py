@@ -22,6 +22,7 @@ from zo_dist.engines.build import (
     require_process_group,
     shard_with_fsdp2,
     zero3_engine,
+    zero3_group,
     zero3_loading,
 )
 from zo_dist.params import canonical_name
@@ -61,8 +62,9 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
     """The model as `ZeroOrder` takes it, in eval mode. Every rank must call it.
 
     fsdp2 reads of each file what this rank is to hold, but for models that `reading_shards` names and where
-    shards are offloaded to the CPU of a GPU machine: those go whole through each process's memory. deepspeed
-    stage 3 partitions each weight as rank 0 reads it.
+    shards are offloaded to the CPU of a GPU machine: those go whole through each process's memory, or, in the
+    dtype of their safetensors files, through pages that ranks share. So they do under deepspeed stage 3 in
+    groups (`engine.shard_ranks`); else it partitions each weight as rank 0 reads it.
     """
     kind = choose_engine(config, num_ranks)
     if kind == "fsdp2":
@@ -89,6 +91,9 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
             log.info("%s: %s", config.engine.deepspeed, note)
         if ds.stage == 3:
             require_process_group(kind)
+            group = zero3_group(config.engine.shard_ranks)
+            if group is not None:
+                return zero3_engine(_trainable(config.model), ds, group)
             with zero3_loading(ds):
                 return zero3_engine(_trainable(config.model), ds)
     return _trainable(config.model).to(device)
@@ -100,13 +105,19 @@ def read_ds(config: Config, hf_config: Any, num_ranks: int) -> DsConfig:
     assert path is not None
     if not Path(path).is_file():
         raise ValueError(f"engine.deepspeed: there is no file {path!r} (looked in {Path.cwd()})")
-    return read_ds_config(
+    ds = read_ds_config(
         path,
         hidden_size=getattr(hf_config.get_text_config(), "hidden_size", None),
         micro_batch=config.train.micro_rows or -(-config.train.rows // num_ranks),
         num_ranks=num_ranks,
         dtype=config.model.torch_dtype,
     )
+    if ds.stage != 3 and config.engine.shard_ranks is not None:
+        raise ValueError(
+            f"engine.shard_ranks is {config.engine.shard_ranks}, but {path} is of stage {ds.stage}, which "
+            "shards no weights: set zero_optimization.stage to 3 there, or engine.shard_ranks to null"
+        )
+    return ds
 
 
 def _trainable(config: ModelConfig, **options: object) -> nn.Module:

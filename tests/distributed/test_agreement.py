@@ -26,6 +26,7 @@ ENGINES = [
     ("fsdp2", 3),
     ("replicated", 3),
     ("hsdp_2x2", 4),
+    pytest.param("zero3_2x2", 4, marks=needs_deepspeed),
     ("fsdp2_offload", 2),
     *(
         pytest.param(*case, marks=needs_deepspeed)
@@ -165,13 +166,16 @@ def flip_a_bit(engine: str, odd: int, place: int) -> None:
     optimizer.engine.fingerprints(optimizer.params)
 
 
-@pytest.mark.parametrize(("engine", "num_ranks"), [("replicated", 3), ("hsdp_2x2", 4)])
+@pytest.mark.parametrize(
+    ("engine", "num_ranks"),
+    [("replicated", 3), ("hsdp_2x2", 4), pytest.param("zero3_2x2", 4, marks=needs_deepspeed)],
+)
 def test_a_flipped_bit_of_a_copy_is_found_and_named(pool: PoolOf, engine: str, num_ranks: int) -> None:
     for place in range(17):
         odd = place % num_ranks
         for error in pool(num_ranks).errors(flip_a_bit, engine, odd, place):
             assert "DesyncError" in error
-            # Of an HSDP shard there are two copies, so no majority.
+            # Of a shard in groups there are two copies, so no majority.
             named = f"rank {odd} differs from the 2 others" if engine == "replicated" else "with no majority"
             assert named in error
 

@@ -131,7 +131,10 @@ def with_weights_of_its_own(engine: str) -> None:
     table.optimizer(wrap(engine, build("sequential", seed=rank())))
 
 
-@pytest.mark.parametrize(("engine", "num_ranks"), [("replicated", 3), ("hsdp_2x2", 4)])
+@pytest.mark.parametrize(
+    ("engine", "num_ranks"),
+    [("replicated", 3), ("hsdp_2x2", 4), pytest.param("zero3_2x2", 4, marks=needs_deepspeed)],
+)
 def test_starting_weights_that_differ_between_replicas(pool: PoolOf, engine: str, num_ranks: int) -> None:
     for error in pool(num_ranks).errors(with_weights_of_its_own, engine):
         assert "ValueError: ranks disagree on the starting weights: 0.weight" in error
@@ -296,15 +299,19 @@ def test_models_that_cannot_be_trained(pool: PoolOf, case: str, message: str) ->
         assert message in error
 
 
-def with_shards_on(shard_ranks: int) -> None:
-    from zo_dist.engines.build import fsdp2_mesh
+def with_shards_on(engine: str, shard_ranks: int) -> None:
+    from zo_dist.engines.build import fsdp2_mesh, zero3_group
 
-    fsdp2_mesh(torch.device("cpu"), shard_ranks)
+    if engine == "fsdp2":
+        fsdp2_mesh(torch.device("cpu"), shard_ranks)
+    else:
+        zero3_group(shard_ranks)
 
 
 @pytest.mark.parametrize("shard_ranks", [3, 8])
-def test_replicas_of_unequal_size(pool: PoolOf, shard_ranks: int) -> None:
-    for error in pool(4).errors(with_shards_on, shard_ranks):
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_replicas_of_unequal_size(pool: PoolOf, engine: str, shard_ranks: int) -> None:
+    for error in pool(4).errors(with_shards_on, engine, shard_ranks):
         assert f"ValueError: engine.shard_ranks is {shard_ranks}; it must divide" in error
         assert "1, 2, 4, or null" in error
 

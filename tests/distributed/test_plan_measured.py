@@ -67,8 +67,10 @@ def sharded(engine: str, model: Any) -> Any:
     """As `zo-dist train` shards it."""
     import torch.distributed as dist
 
-    from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2
+    from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2, zero3_engine, zero3_group
 
+    if engine == "zero3_hsdp":
+        return zero3_engine(model, ds_of(engine, model, dist.get_world_size()), zero3_group(2))
     if engine.startswith("zero3"):
         return deepspeed_engine(model, ds_of(engine, model, dist.get_world_size()).config)
     return shard_with_fsdp2(model, fsdp2_mesh(torch.device("cpu"), 2 if engine == "hsdp" else None))
@@ -117,6 +119,7 @@ KINDS = ("llama", "llama_tied", "opt", "mixtral")
         pytest.param("zero3", 2, KINDS, "dense", marks=needs_deepspeed),
         pytest.param("zero3_ahead", 2, KINDS, "dense", marks=needs_deepspeed),
         ("hsdp", 4, ("llama",), "dense"),
+        pytest.param("zero3_hsdp", 4, ("llama",), "dense", marks=needs_deepspeed),
     ],
 )
 def test_bytes_and_collectives_are_those_of_a_real_step(
@@ -124,7 +127,11 @@ def test_bytes_and_collectives_are_those_of_a_real_step(
 ) -> None:
     for kind in kinds:
         measured, *_ = pool(num_ranks).run(counted_step, engine, kind, SETTINGS[settings])
-        section = {"kind": "fsdp2", "shard_ranks": 2} if engine == "hsdp" else {}
+        kept_by = "zero3" if engine.startswith("zero3") else "fsdp2"
+        section: dict[str, Any] = {}
+        if engine.endswith("hsdp"):
+            kinds = {"fsdp2": {"kind": "fsdp2"}, "zero3": {"kind": "deepspeed", "deepspeed": "ds.json"}}
+            section = {**kinds[kept_by], "shard_ranks": 2}
         config = config_of(rows=ROWS * num_ranks, engine=section, **SETTINGS[settings])
         model = build(kind)
         plan = make_plan(
@@ -135,7 +142,6 @@ def test_bytes_and_collectives_are_those_of_a_real_step(
             answer=LENGTH - 1,
             ds=ds_of(engine, model, num_ranks),
         )
-        kept_by = "zero3" if engine.startswith("zero3") else "fsdp2"
         planned = mode_of(plan, kept_by, config.optimizer.perturb)
         sent, kept = planned.traffic, planned.memory
         assert sent is not None, planned.refused

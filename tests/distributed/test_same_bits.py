@@ -288,7 +288,11 @@ GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0, "adalezo_both": 70.0, "fi
 
 @pytest.mark.parametrize(
     ("engine", "num_ranks"),
-    [*PLACES, *((engine, 2) for engine in ("fsdp2_offload", "zero3_init", "zero2")), ("hsdp_2x2", 4)],
+    [
+        *PLACES,
+        *((engine, 2) for engine in ("fsdp2_offload", "zero3_init", "zero2")),
+        *((engine, 4) for engine in ("hsdp_2x2", "zero3_2x2")),
+    ],
 )
 @pytest.mark.parametrize(
     ("sampler", "directions", "mode", "mask", "anchor"),

@@ -30,7 +30,7 @@ def one_step(engine: str, kind: str, directions: int, mode: str) -> dict[str, An
 def padded(engine: str, shape: tuple[int, ...], ranks: int) -> int:
     """Elements of one gather: FSDP2 pads rows, ZeRO-3 elements, to a multiple of the ranks."""
     numel = torch.Size(shape).numel()
-    if engine != "zero3":
+    if not engine.startswith("zero3"):
         rows = -(-shape[0] // ranks) * ranks
         return rows * (numel // shape[0])
     return -(-numel // ranks) * ranks
@@ -43,6 +43,7 @@ def padded(engine: str, shape: tuple[int, ...], ranks: int) -> int:
         ("fsdp2_prefetch", 2),
         ("hsdp_2x2", 4),
         pytest.param("zero3", 2, marks=needs_deepspeed),
+        pytest.param("zero3_2x2", 4, marks=needs_deepspeed),
     ],
 )
 @pytest.mark.parametrize("directions", [1, 4])

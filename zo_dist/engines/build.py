@@ -35,14 +35,18 @@ def fsdp2_mesh(device: torch.device, shard_ranks: int | None = None) -> DeviceMe
     num_ranks = dist.get_world_size()
     if shard_ranks is None or shard_ranks == num_ranks:
         return init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("shard",))
+    _require_divisor(shard_ranks, num_ranks)
+    shape = (num_ranks // shard_ranks, shard_ranks)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _require_divisor(shard_ranks: int, num_ranks: int) -> None:
     if num_ranks % shard_ranks:
         legal = [str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0]
         raise ValueError(
             f"engine.shard_ranks is {shard_ranks}; it must divide the number of ranks, {num_ranks}: "
             f"{', '.join(legal)}, or null for all"
         )
-    shape = (num_ranks // shard_ranks, shard_ranks)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard_with_fsdp2(
@@ -97,12 +101,16 @@ def reading_shards(shard: Callable[[nn.Module], nn.Module], num_shards: int) -> 
     of `num_shards` ranks to have one.
     """
 
-    def hook(cls: type[PreTrainedModel], model: nn.Module, *others: object) -> nn.Module:
+    def hook(cls: type[PreTrainedModel], model: PreTrainedModel, *others: object) -> nn.Module:
         quantised = getattr(model.config, "quantization_config", None) is not None
         # Experts in a file each are stacked, which fails where there is none.
         stacked = {param.shape[0] for param in model.parameters() if param.ndim > 2}
         empty = any(-(-rows // num_shards) * (num_shards - 1) >= rows for rows in stacked)
-        return model if quantised or (empty and num_shards > 1) else shard(model)
+        if quantised or (empty and num_shards > 1):
+            return model
+        # Else FSDP2 takes what is tied after it was read for two parameters.
+        model.tie_weights()
+        return shard(model)
 
     PreTrainedModel.maybe_distribute_model = classmethod(hook)  # type: ignore[assignment]
     try:
@@ -128,10 +136,30 @@ def zero3_loading(ds: DsConfig) -> Iterator[None]:
         del alive
 
 
-def zero3_engine(module: nn.Module, ds: DsConfig) -> nn.Module:
-    """The DeepSpeed engine that gathers and releases the weights of `module`: no optimizer in it."""
+def zero3_group(shard_ranks: int | None) -> dist.ProcessGroup | None:
+    """This rank's group of so many consecutive ranks, or None for all of them. Every rank must call it.
+
+    ValueError, with the legal numbers, if `shard_ranks` does not divide the number of ranks.
+    """
+    num_ranks = dist.get_world_size()
+    if shard_ranks is None or shard_ranks == num_ranks:
+        return None
+    _require_divisor(shard_ranks, num_ranks)
+    group: dist.ProcessGroup = dist.new_subgroups(shard_ranks)[0]  # type: ignore[no-untyped-call]
+    return group
+
+
+def zero3_engine(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | None = None) -> nn.Module:
+    """The DeepSpeed engine that gathers and releases the weights of `module`: no optimizer in it.
+
+    `group`: the ranks that hold a copy together; `module`, whole on each rank, is then partitioned here, one
+    weight at a time.
+    """
     import deepspeed
 
+    if group is not None:
+        deepspeed.init_distributed()
+        deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=ds.config)
     engine: Any = deepspeed.initialize(model=module, config=ds.config)[0]
     wrapped: nn.Module = engine
     return wrapped

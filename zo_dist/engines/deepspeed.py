@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_dist.engines.agreement import fingerprint
 from zo_dist.engines.base import Engine, await_each_forward
 from zo_dist.engines.replicated import ReplicatedEngine
 from zo_dist.params import Param, Span, canonical_name, unwrap
@@ -25,8 +26,9 @@ class ZeRO3Engine(Engine):
 
     A forward gathers each weight once, from the shard as it is then; a write goes to the shard. A
     gathered copy that outlives its forward (a persistent parameter) would hide the write, so `spans`
-    and `publish` release every copy. Raises ValueError, with the remedy, for an engine with an
-    optimizer, for hpZ, quantised gathers, and NVMe offload.
+    and `publish` release every copy. Groups of ranks may each hold all weights. Raises ValueError, with the
+    remedy, for an engine with an optimizer, for hpZ, quantised gathers, NVMe offload, and, on every rank, for
+    groups that do not start with equal weights.
     """
 
     name = "deepspeed"
@@ -49,8 +51,8 @@ class ZeRO3Engine(Engine):
         if engine.zero_hpz_partition_size() > 1:
             raise ValueError(
                 f"zero_hpz_partition_size is {engine.zero_hpz_partition_size()}: gathers would read a "
-                "second copy that writes do not reach; set it to 1 (to shard inside a node, build the "
-                "model under deepspeed.zero.Init(data_parallel_group=...))"
+                "second copy that writes do not reach; set it to 1 (to shard inside a node: "
+                "engine.shard_ranks, or build the model under deepspeed.zero.Init(data_parallel_group=...))"
             )
         self._offload = engine.optimizer
         named: Iterable[tuple[str, Any]] = module.named_parameters()
@@ -64,6 +66,24 @@ class ZeRO3Engine(Engine):
             offloaded |= param.ds_tensor.device.type != self.device.type
         if offloaded:
             await_each_forward(module)
+        self._compare_groups(module)
+
+    def _compare_groups(self, module: nn.Module) -> None:
+        """Where groups of ranks each hold all weights, take note, and compare what they start with."""
+        named: list[tuple[str, Any]] = list(module.named_parameters())
+        first = named[0][1]
+        if any(p.ds_zero_partition_world_size != first.ds_zero_partition_world_size for _, p in named):
+            raise ValueError(
+                "parameters are sharded over groups of different sizes; build the whole model under one "
+                "deepspeed.zero.Init(data_parallel_group=...)"
+            )
+        places = self.exchange([float(first.ds_zero_partition_rank)]).flatten().tolist()
+        replicas = [rank for rank, place in enumerate(places) if place == first.ds_zero_partition_rank]
+        self.has_copies = len(replicas) > 1
+        if self.has_copies:
+            spans = [self._span(Param(canonical_name(name), p, p.ds_shape, ())) for name, p in named]
+            prints = {span.name: fingerprint(span.flat) for span in spans}
+            self.require_equal("the starting weights", prints, among=replicas)
 
     def shape_of(self, param: Any) -> torch.Size:
         return torch.Size(param.ds_shape)

@@ -47,8 +47,8 @@ class Mode:
 
     def name(self, count: int) -> str:
         words = {"replicated": "replicated", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}[self.engine]
-        if self.engine == "fsdp2" and self.ranks < count:
-            words = f"FSDP2, HSDP {count // self.ranks} x {self.ranks}"
+        if self.engine != "replicated" and self.ranks < count:
+            words += f", HSDP {count // self.ranks} x {self.ranks}"
         return words + (", CPU offload" if self.offload else "")
 
 

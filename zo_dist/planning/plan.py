@@ -159,10 +159,10 @@ def modes_of(
     if asked is not None and count % asked:
         raise ValueError(f"engine.shard_ranks is {asked}; it must divide the number of ranks, {count}")
     of_all = asked or count
-    every: list[tuple[Sharded, int, bool]] = [("replicated", 1, False), ("fsdp2", of_all, False)]
-    if asked is None and 1 < cluster.per_node < count:
-        every.append(("fsdp2", cluster.per_node, False))
-    every += [("zero3", count, False), ("fsdp2", of_all, True), ("zero3", count, True)]
+    groups = [of_all] + [cluster.per_node] * (asked is None and 1 < cluster.per_node < count)
+    every: list[tuple[Sharded, int, bool]] = [("replicated", 1, False)]
+    every += [("fsdp2", ranks, False) for ranks in groups] + [("zero3", ranks, False) for ranks in groups]
+    every += [("fsdp2", of_all, True), ("zero3", of_all, True)]
     for engine, ranks, offload in every:
         if engines is not None and (engine not in engines or engines[engine] != offload):
             continue

@@ -19,6 +19,7 @@ def write_config(plan: Plan, planned: Planned, path: Path, ds_path: str | None, 
     was asked, for a comment.
     """
     mode, written = planned.mode, [path]
+    shard_ranks = mode.ranks if mode.ranks < plan.cluster.count else None
     path.parent.mkdir(parents=True, exist_ok=True)
     if mode.engine == "zero3":
         if ds_path is None:
@@ -30,11 +31,11 @@ def write_config(plan: Plan, planned: Planned, path: Path, ds_path: str | None, 
             beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             written.append(beside)
             ds_path = str(beside)
-        engine = EngineConfig(kind="deepspeed", deepspeed=ds_path)
+        engine = EngineConfig(kind="deepspeed", deepspeed=ds_path, shard_ranks=shard_ranks)
     elif mode.engine == "fsdp2":
         engine = EngineConfig(
             kind="fsdp2",
-            shard_ranks=mode.ranks if mode.ranks < plan.cluster.count else None,
+            shard_ranks=shard_ranks,
             offload_to_cpu=mode.offload,
             compute_dtype=plan.config.engine.compute_dtype,
         )
