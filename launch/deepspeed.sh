@@ -14,6 +14,10 @@ config=$1 ds_config=$2
 shift 2
 choose_processes
 where=(--num_gpus "$RANKS" --master_port "${MASTER_PORT:-29500}")
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+    # With --num_gpus the launcher would take the first GPUs of the machine instead.
+    where=(--include "localhost:$(cut -d, -f "1-$RANKS" <<< "$CUDA_VISIBLE_DEVICES")" --master_port "${MASTER_PORT:-29500}")
+fi
 if [ -n "${HOSTFILE:-}" ]; then
     where=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
     if [ -n "${NODE_RANK:-}" ]; then

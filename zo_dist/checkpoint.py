@@ -43,12 +43,23 @@ def save_model(engine: Engine, path: str | Path, tokenizer: Any = None) -> None:
 
 
 def require_replaceable(path: str | Path) -> Path:
-    """The absolute path. ValueError for the folder that this process works in, or one around it."""
-    whole = Path(path).absolute()
+    """The absolute path. ValueError for what must not be replaced.
+
+    That is: the folder that this process works in or one around it, a mount point, and whatever has files
+    and is no model that `save_model` wrote.
+    """
+    whole = Path(path).expanduser().absolute()
+    reason = None
     if whole.resolve() in (Path.cwd(), *Path.cwd().parents):
+        reason = "this process works in it"
+    elif whole.is_mount():
+        reason = "it is a mount point"
+    elif whole.exists() and not (whole / CHECKSUMS).exists() and (whole.is_file() or any(whole.iterdir())):
+        reason = f"it holds something else than a model saved by zo_dist (there is no {CHECKSUMS})"
+    if reason is not None:
         raise ValueError(
-            f"the model cannot be saved as {str(path)!r}: what is there is replaced by a rename, and this "
-            "process works in it; name a folder inside"
+            f"the model cannot be saved as {str(path)!r}: what is there is replaced by a rename, and {reason}"
+            "; name a folder that does not exist, such as one inside"
         )
     return whole
 

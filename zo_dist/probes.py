@@ -277,13 +277,19 @@ def _stack(batch: Batch, pieces: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def first_row(batch: Batch, times: int) -> dict[str, Any]:
-    """The batch's first row, `times` over; a batch of no rows gives rows of ones (or "") of its form."""
+    """The batch's first row, `times` over; a batch of no rows gives rows of its form.
+
+    Of ones, such as masks need, of "" in lists, and of 0 where a row has one whole number: its label.
+    """
     if num_rows(batch):
         return _stack(batch, [(0, 1)] * times)
 
     def filling(value: Any) -> Any:
         if isinstance(value, list) and not value:
             return [""] * times
-        return value.new_ones(times, *value.shape[1:]) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        is_label = value.ndim == 1 and not value.is_floating_point()
+        return value.new_full((times, *value.shape[1:]), 0 if is_label else 1)
 
     return {key: filling(value) for key, value in batch.items()}

@@ -192,11 +192,12 @@ def begin(config: Config, optimizer: ZeroOrder, data: RunData) -> Iterator[Appen
 
     def create() -> TrajectoryWriter:
         output = Path(config.train.output)
-        # Of a run that is replaced: nothing of it is to be taken for the new one's.
-        for folder in (SNAPSHOTS, *MODELS, "tensorboard", REPORT):
-            shutil.rmtree(output / folder, ignore_errors=True)
-        for file in ("result.json", "run.png"):
-            (output / file).unlink(missing_ok=True)
+        if (output / LOG).exists():
+            # Of a run that is replaced: nothing of it is to be taken for the new one's.
+            for folder in (SNAPSHOTS, *MODELS, "tensorboard", REPORT):
+                shutil.rmtree(output / folder, ignore_errors=True)
+            for file in ("result.json", "run.png"):
+                (output / file).unlink(missing_ok=True)
         _write_config(config)
         return TrajectoryWriter(output / LOG, header, sync_every=config.train.sync_every)
 

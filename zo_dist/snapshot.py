@@ -8,13 +8,15 @@ other wrote. Frozen weights and buffers are the base model's and are not in it.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import psutil  # type: ignore[import-untyped,unused-ignore]
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -44,7 +46,9 @@ class PendingSnapshot:
     """What `save_snapshot` does, in two parts: between them a thread writes while the weights may change.
 
     Every rank must make it, and later call `finish`; one at a time. Until its file is `written`, a rank
-    holds a copy in CPU memory of what it writes: its trained weights, and what is kept beside them.
+    holds a copy in CPU memory of what it writes: its trained weights, and what is kept beside them. Where that
+    is in CPU memory already, and its copy would take more than half of what is free there, there is no copy, and
+    the file is written before the object is made.
     """
 
     def __init__(self, optimizer: ZeroOrder, folder: str | Path, keep: int | None = None) -> None:
@@ -71,12 +75,17 @@ class PendingSnapshot:
                 for span in engine.spans(optimizer.params)
             }
             tensors = {
-                _key(kind, piece): _on_cpu(piece.flat)
+                _key(kind, piece): piece.flat.detach()
                 for kind, piece in _pieces(optimizer)
                 if first[piece.name] == engine.rank
             }
+            copied = _may_copy(tensors.values())
+            if copied:
+                tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
             self._thread = threading.Thread(target=self._write, args=(tensors,), name="snapshot")
             self._thread.start()
+            if not copied:
+                self.wait()
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         path = self._partial / _file_of(self._engine.rank)
@@ -120,7 +129,8 @@ def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
 
     Every rank must call it and see the folder; each reads the pieces that it holds. Raises ValueError on
     every rank (SnapshotError on the one that finds it), before any weight is written, if a byte of the
-    snapshot is not what was written or a piece is missing; after it, if the weights are not those saved.
+    snapshot is not what was written or a piece is missing; after it, if the files can no longer be read or
+    the weights are not those saved. Memory: no more than a piece.
     """
     engine, path = optimizer.engine, Path(path)
     with engine.jointly():
@@ -131,9 +141,13 @@ def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
                 check_file(path / name, expected)
     with engine.jointly():
         index = _index(path, manifest)
-        read = [(piece, _read_piece(path, index, kind, piece)) for kind, piece in _pieces(optimizer)]
-    for span, piece in read:
-        span.flat.copy_(piece)
+        found = [(piece, _parts(path, index, kind, piece)) for kind, piece in _pieces(optimizer)]
+    with engine.jointly():
+        for span, parts in found:
+            for here, file, key, there in parts:
+                # One piece at a time: all of them are as much as the weights.
+                with safe_open(path / file, "pt") as opened:
+                    span.flat[here].copy_(opened.get_slice(key)[there])
     engine.publish()
     optimizer.scalars = manifest["scalars"]
     optimizer.tie = manifest["step"], manifest["record"]
@@ -194,8 +208,13 @@ def check_file(path: Path, expected: list[int]) -> None:
         raise SnapshotError(f"{path} {fault}; {_remedy(path.parent)}")
 
 
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
+def _may_copy(tensors: Iterable[torch.Tensor]) -> bool:
+    """Must they be copied, or is there plenty of room for it?"""
+    tensors = list(tensors)
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return True
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return sum(t.nbytes for t in tensors) * ranks <= psutil.virtual_memory().available // 2
 
 
 def _remedy(path: Path) -> str:
@@ -222,35 +241,33 @@ def _pieces(optimizer: ZeroOrder) -> list[tuple[str, Span]]:
     return pieces
 
 
-def _index(path: Path, manifest: dict[str, Any]) -> dict[tuple[str, str], list[tuple[int, str, str]]]:
-    """By kind and name of a weight, its pieces: offset, file, key in the file."""
-    index: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
+def _index(path: Path, manifest: dict[str, Any]) -> dict[tuple[str, str], list[tuple[int, int, str, str]]]:
+    """By kind and name of a weight, its pieces in order: offset, elements, file, key in the file."""
+    index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
     for file in manifest["files"]:
         with safe_open(path / file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (it is no mapping)
                 kind, offset, name = key.split("/", 2)
-                index.setdefault((kind, name), []).append((int(offset), file, key))
-    return index
+                (length,) = opened.get_slice(key).get_shape()
+                index.setdefault((kind, name), []).append((int(offset), length, file, key))
+    return {of: sorted(pieces) for of, pieces in index.items()}
 
 
-def _read_piece(
-    path: Path, index: dict[tuple[str, str], list[tuple[int, str, str]]], kind: str, span: Span
-) -> torch.Tensor:
-    """The elements of a span, on the CPU, from whichever files have them."""
-    out = torch.empty(span.flat.shape, dtype=span.flat.dtype)
-    filled = 0
+def _parts(
+    path: Path, index: dict[tuple[str, str], list[tuple[int, int, str, str]]], kind: str, span: Span
+) -> list[tuple[slice, str, str, slice]]:
+    """Where the elements of a span are: which, file, key, and which of that. SnapshotError if not all are."""
+    parts, filled, numel = [], 0, span.flat.numel()
     # Pieces of what has a number for each row of a weight overlap, where ranks share a row of it.
-    for offset, file, key in sorted(index.get((kind, span.name), [])):
-        with safe_open(path / file, "pt") as opened:
-            piece = opened.get_slice(key)
-            (length,) = piece.get_shape()
-            start, stop = span.offset + filled, min(offset + length, span.offset + len(out))
-            if offset <= start < stop:
-                out[filled : stop - span.offset] = piece[start - offset : stop - offset]
-                filled = stop - span.offset
-    if filled != len(out):
+    for offset, length, file, key in index.get((kind, span.name), []):
+        start, stop = span.offset + filled, min(offset + length, span.offset + numel)
+        if offset <= start < stop:
+            here = slice(filled, stop - span.offset)
+            parts.append((here, file, key, slice(start - offset, stop - offset)))
+            filled = stop - span.offset
+    if filled != numel:
         raise SnapshotError(
-            f"{path} has {filled} of {len(out)} elements of {kind} {span.name} from {span.offset} on; it "
+            f"{path} has {filled} of {numel} elements of {kind} {span.name} from {span.offset} on; it "
             "is of other parameters or another rounding mode"
         )
-    return out
+    return parts

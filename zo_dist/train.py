@@ -196,6 +196,8 @@ def run_replay(
     must call it. Returns what it did, the same on every rank but for the clock.
     """
     out = require_replaceable(out)
+    if out.resolve() == Path(config.model.source).expanduser().resolve():
+        raise ValueError(f"{out} is the model to begin with, which would be replaced: name another folder")
     ranks.require_equal("the config", config.flat())
     snapshot: Path | None = None
     if from_snapshot:

@@ -101,6 +101,9 @@ class ZeRO3Engine(Engine):
         return Span(param.name, shard.detach().view(-1)[:numel], offset)
 
     def publish(self) -> None:
+        if self.device.type != "cpu":
+            # Gathers run on a stream of DeepSpeed's own, which waits for no write.
+            torch.accelerator.current_stream(self.device).synchronize()
         self._offload.empty_partition_cache()
 
     @contextmanager

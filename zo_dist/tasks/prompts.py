@@ -149,7 +149,7 @@ def _instruct(row: Row) -> Example:
             "field messages is missing, and so are prompt (with completion) and instruction (with output); "
             f"the row has {', '.join(row)}"
         )
-    parts = [text_field(row, "instruction"), row.get("input") or ""]
+    parts = [text_field(row, "instruction"), text_field(row, "input") if row.get("input") else ""]
     request = {"role": "user", "content": "\n\n".join(part for part in parts if part)}
     return Example((request,), options=(text_field(row, "output"),))
 

@@ -63,13 +63,17 @@ def load_rows(source: str, cache: Path | None = None) -> Mapping[str, Sequence[R
         name, _, config = source.partition(":")
         try:
             return _rows(load_dataset(name, config or None))
-        except OSError as error:  # includes "no such data set" and "cannot reach the hub"
+        # OSError includes "no such data set" and "cannot reach the hub".
+        except (OSError, DatasetsError) as error:
             raise RuntimeError(
-                f"cannot load the data set {source!r} from the hub: {error}. Offline, set a local "
-                f"file or one of {', '.join(_names('data'))}"
+                f"cannot load the data set {source!r} from the hub: {error.__cause__ or error}. Offline, set "
+                f"a local file or one of {', '.join(_names('data'))}"
             ) from error
     if path.is_dir():
-        return _rows(load_dataset(str(path)))
+        try:
+            return _rows(load_dataset(str(path)))
+        except DatasetsError as error:
+            raise ValueError(f"data folder {source!r} cannot be read: {error.__cause__ or error}") from error
     if path.suffix not in _BUILDERS:
         raise ValueError(
             f"data file {source!r} ends in {path.suffix!r}; readable endings: {', '.join(_BUILDERS)}"
