@@ -4,7 +4,7 @@
 
 Writes a random model of a shape of `zo-dist plan` as safetensors files, unless DIR has it; then for each
 engine: trains from it with AdaLeZO, kills every process with SIGKILL as soon as the snapshot after step 2 is
-complete, starts the same command again, which goes on to step 3, exports the model after that step, and
+complete, starts the same command again, which goes on to step 4, exports the model after that step, and
 compares the export with the model before, a weight at a time. Tells the seconds, and what each process needed
 at most: resident, and how much of that was not pages of files, which the system takes back when it needs
 them; beside it what `zo-dist plan` computes for a step. Needs disk for the model four times. What remains in
@@ -41,7 +41,7 @@ from zo_dist.planning.shapes import read_shape
 from zo_dist.tasks import resolve_model
 
 ROOT = Path(__file__).parent.parent
-RANKS, STEPS, SNAPSHOT_AFTER = 2, 3, 2
+RANKS, STEPS, SNAPSHOT_AFTER = 2, 4, 2
 SETTINGS = [
     *("model.dtype=bfloat16", "model.parameters=null", "data.length_pool=1", "data.max_length=32"),
     *("data.train=64", "data.validation=2", "data.test=2"),

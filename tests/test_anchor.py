@@ -436,6 +436,10 @@ def test_ranks_must_have_one_anchor(pool: Callable[[int], Pool]) -> None:
             ["optimizer.anchor.directions=513"],
             "optimizer.anchor.directions is 513; it must be at most the rows",
         ),
+        (
+            ["optimizer.directions=16", "train.rows=16", "train.anchor_rows=4"],
+            "optimizer.anchor.directions is 16; it must be at most the rows of an anchor step",
+        ),
         (["optimizer.anchor.every=0"], "optimizer.anchor.every is 0"),
         (["optimizer.coefficients.name=sign"], "optimizer.coefficients is SignOnly"),
     ],
@@ -445,6 +449,24 @@ def test_a_config_names_the_anchor(overrides: list[str], message: str) -> None:
     assert load_config(path).optimizer.anchor == zo_dist.Anchor(every=2, lr_ratio=10.0)
     with pytest.raises(ValueError, match=message):
         load_config(path, overrides)
+
+
+def test_an_anchor_step_that_is_skipped_is_tried_again_on_other_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"anchor_rows": 4, "eval_every": 0, "steps": 6}
+    path = write_config(tmp_path, optimizer={"anchor": {"every": 5}}, train=train)
+    tried: list[Tensor] = []
+    original = zo_dist.ZeroOrder.step_batch
+
+    def failing(self: zo_dist.ZeroOrder, batch: Any, row_loss: Any) -> float:
+        tried.append(batch[0]["input_ids"])
+        bad = len(tried) <= 3
+        return original(self, batch, lambda m, b: row_loss(m, b) * (math.nan if bad else 1.0))
+
+    monkeypatch.setattr(zo_dist.ZeroOrder, "step_batch", failing)
+    assert main(["train", str(path), "optimizer.self_check=false"]) == 0
+    assert len({tuple(ids.flatten().tolist()) for ids in tried[:4]}) == 4
 
 
 def test_a_run_gives_anchor_steps_their_rows_and_resumes(

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from workers import Pool, wrap
 
-from zo_dist.checkpoint import save_model
+from zo_dist.checkpoint import check_model, save_model
 from zo_dist.cli import main
 from zo_dist.engines import select
 from zo_dist.resume import check_run
@@ -39,6 +39,22 @@ def test_a_saved_model_loads_with_the_same_bits(tmp_path: Path, tied: bool, dtyp
     assert set(again.state_dict()) == set(expected)
     for name, weight in again.state_dict().items():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_a_model_replaces_a_saved_model_and_nothing_else(tmp_path: Path) -> None:
+    engine = select(build("sequential"))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "trajectory.zo").write_bytes(b"steps")
+    (tmp_path / "file").write_text("text")
+    for place in (run, tmp_path, tmp_path / "file", Path("/proc")):
+        with pytest.raises(ValueError, match=r"cannot be saved as .*is replaced by a rename, and it"):
+            save_model(engine, place)
+    assert (run / "trajectory.zo").read_bytes() == b"steps"
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "empty", run / "last", run / "last"):
+        save_model(engine, place)
+        assert check_model(place)
 
 
 @pytest.mark.parametrize("args", [[], ["--deepspeed", "ds_zero3.json"]], ids=["fsdp2", "zero3"])
@@ -91,7 +107,7 @@ def test_any_byte_of_a_saved_model_that_is_changed_is_found(
 
 def test_an_old_save_is_replaced_whole(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "source"))
-    (tmp_path / "saved").mkdir()
+    save_model(select(model), tmp_path / "saved")
     (tmp_path / "saved" / "stale.txt").write_text("old")
     save_model(select(model), tmp_path / "saved")
     assert not (tmp_path / "saved" / "stale.txt").exists()

@@ -51,6 +51,16 @@ def test_equal_slopes_have_no_scores() -> None:
     assert zo_dist.Standardise(centre=True).of([2.0, 2.0]) == [0.0, 0.0]
 
 
+def test_slopes_that_differ_by_a_rounding_are_equal() -> None:
+    # Accuracies of three rows: 2/3 - 1/3 is not 1 - 2/3 in float64.
+    slopes = [(2 / 3 - 1 / 3) / 2e-3, (1 - 2 / 3) / 2e-3]
+    assert slopes[0] != slopes[1]
+    for centre in (False, True):
+        assert zo_dist.Standardise(centre=centre).of(slopes) == [0.0, 0.0]
+        # A difference of a thousandth is one.
+        assert any(zo_dist.Standardise(centre=centre).of([1.0, 1.001]))
+
+
 def test_mean_squares_are_of_the_steps_before() -> None:
     coefficients = zo_dist.RootMeanSquare(beta=0.5, floor=1e-30)
     assert coefficients.of([4.0]) == [1.0]
@@ -174,3 +184,27 @@ def test_one_sign_is_the_other_for_one_direction_of_rademacher_noise(directions:
     by_weight = weights_after(rule="sign", directions=directions)
     same = [torch.equal(a, b) for a, b in zip(by_slope, by_weight, strict=True)]
     assert all(same) if directions == 1 else not any(same)
+
+
+@pytest.mark.parametrize("mode", table.MODES)
+def test_a_direction_whose_rows_weigh_nothing_has_no_share(mode: Any) -> None:
+    """As rows without labels: the step is that of the other directions, not skipped."""
+
+    def loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        weights = (batch["row"] != 2).to(torch.float32)
+        out = loss_of(model, batch)
+        assert isinstance(out, Tensor)
+        return out * weights, weights
+
+    optimizer = table.optimizer(build("sequential"), directions=4, perturb=mode, self_check=False, lr=0.1)
+    before = [p.param.detach().clone() for p in optimizer.params]
+    assert math.isfinite(optimizer.step_batch(rows_for("sequential", 4), loss))
+    assert optimizer.skipped == 0
+    assert optimizer.record.slopes[2] == 0.0
+    assert all(optimizer.record.slopes[i] for i in (0, 1, 3))
+    moved = zip(optimizer.params, before, strict=True)
+    assert all(not torch.equal(p.param, old) for p, old in moved if p.numel > 1)
+    # Where no row weighs anything there is no step.
+    none = table.optimizer(build("sequential"), directions=2, perturb=mode, self_check=False)
+    none.step_batch(rows_for("sequential", 4), lambda m, b: (0.0 * loss_of(m, b), torch.zeros(len(b["row"]))))
+    assert none.skipped == 1

@@ -138,6 +138,15 @@ def test_written_out_config_reads_back_equal(path: Path, tmp_path: Path) -> None
         ("engine.kind=fsdp", ["auto, replicated, fsdp2, deepspeed"]),
         ("engine.kind=deepspeed", ["engine.deepspeed is null", "ds_config.json"]),
         ("engine.shard_ranks=2", ["engine.shard_ranks is 2", "kind is auto", "kind to fsdp2", "to null"]),
+        (
+            "optimizer.rule={name: momentum, factored: true}",
+            ["factored is true", "structure LowRank"],
+        ),
+        (
+            "optimizer.structure={name: low_rank, orthonormal: true}",
+            ["orthonormal", "gaussian"],
+        ),
+        ("optimizer={lr: 1, directions: 70000}", ["directions is 70000", "at most 65535"]),
         ("engine={kind: fsdp2, shard_ranks: 0}", ["engine.shard_ranks is 0", "at least 1"]),
         (
             "engine={kind: fsdp2, compute_dtype: bf16}",

@@ -426,3 +426,10 @@ def test_state_of_another_rule_is_refused() -> None:
     saved = table.optimizer(build("sequential"), rule="momentum").state_dict()
     with pytest.raises(ValueError, match="of another rule"):
         table.optimizer(build("sequential"), rule="adam").load_state_dict(saved)
+
+
+def test_a_decay_that_float32_cannot_see_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    zo_dist.ZeroOrder(build("sequential"), lr=1e-6, rule=zo_dist.SGD(weight_decay=0.1))
+    assert "weight_decay" not in caplog.text
+    zo_dist.ZeroOrder(build("sequential"), lr=1e-6, rule=zo_dist.SGD(weight_decay=0.01))
+    assert "weight_decay 0.01 does nothing at lr 1e-06" in caplog.text

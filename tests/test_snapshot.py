@@ -373,3 +373,32 @@ def test_a_run_resumes_from_its_snapshot_and_checks(
     assert main(["train", str(path), "train.steps=8"]) == 0
     assert len(list(TrajectoryReader(run / "trajectory.zo"))) == 8
     assert main(["check", str(tmp_path / "nothing")]) == 2
+
+
+def without_room(folder: str, copies: bool) -> dict[str, Any]:
+    """A snapshot by a machine with room for a copy of the weights, or without."""
+    import psutil
+
+    optimizer = stepped("fsdp2")
+    nbytes = sum(span.flat.nbytes for span in optimizer.engine.spans(optimizer.params))
+    with pytest.MonkeyPatch.context() as patch:
+        free = 100 * nbytes * optimizer.engine.num_ranks if copies else nbytes
+        patch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": free}))
+        pending = PendingSnapshot(optimizer, folder)
+    assert pending.copies == copies
+    # What is not copied is on the disk before the weights change again.
+    written = pending.written if not copies else None
+    expected = digest(whole_weights(optimizer))
+    optimizer.step_batch(rows_for("sequential", 6, dtype=torch.bfloat16), loss_of)
+    path = pending.finish()
+    again = make("fsdp2")
+    load_snapshot(again, path)
+    return {"same": digest(whole_weights(again)) == expected, "written": written}
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_snapshot_needs_no_room_for_a_copy(
+    pool: Callable[[int], Pool], tmp_path: Path, copies: bool
+) -> None:
+    found = pool(2).run(without_room, str(tmp_path), copies)
+    assert found == [{"same": True, "written": None if copies else True}] * 2

@@ -226,6 +226,7 @@ BAD_ROWS = {
         ({"messages": []}, "not a list with anything in it"),
         ({"messages": None, "prompt": "Hi"}, "completion is missing"),
         ({"messages": None, "instruction": "Go", "input": ""}, "output is missing"),
+        ({"messages": None, "instruction": "Go", "input": 5, "output": "7"}, "input is 5, not a string"),
     ],
 }
 
@@ -363,6 +364,13 @@ def test_too_few_rows_and_bad_rows_are_named(tmp_path: Path) -> None:
     counts: dict[str, Any] = {"validation": 2, "test": 3, "seed": 0}
     with pytest.raises(ValueError, match=r"has 10 rows .* 3 test \+ 2 validation \+ 6 train = 11"):
         load_splits(TASKS["sst2"], source, train=6, **counts)
+    # Rows that are for testing alone are as many as there are, as in MeZO.
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", sst2_rows(10))
+    write_rows(folder / "validation.jsonl", sst2_rows(3, start=100))
+    splits = load_splits(TASKS["sst2"], str(folder), train=6, validation=2, test=1000, seed=0)
+    assert sorted(example.prompt.split()[1] for example in splits.test) == ["100", "101", "102"]
     with pytest.raises(ValueError, match=r"train = 0 rows: must be at least 1"):
         load_splits(TASKS["sst2"], source, train=0, **counts)
     bad = write_rows(tmp_path / "bad.jsonl", [*sst2_rows(2), {"text": "x", "label": 4}])
@@ -400,6 +408,11 @@ def test_local_files_of_every_kind(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label\n')
     with pytest.raises(ValueError, match=r"broken.jsonl' cannot be read: .*JSON"):
         load_rows(str(tmp_path / "broken.jsonl"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (tmp_path / "broken.jsonl").rename(broken / "train.jsonl")
+    with pytest.raises(ValueError, match=r"data folder '.*broken' cannot be read: .*JSON"):
+        load_rows(str(broken))
     with pytest.raises(ValueError, match=r"ends in '.txt'; readable endings: .json, .jsonl, .csv"):
         load_rows(str(tmp_path / "a.txt"))
 
@@ -506,6 +519,11 @@ def test_options_that_do_not_fit_or_are_empty() -> None:
     assert encode([fits], tokenizer, 5)[0][0].option_lengths == (4,)
     with pytest.raises(ValueError, match=r"example 1: .* adds 4 tokens .*must add 1 to 3"):
         encode([Example("It was", (" great",), 0), fits], tokenizer, max_length=4)
+    long = Example("It was", (" great" * 40,), 0, where="row 7 of the split 'train' of x")
+    with pytest.raises(
+        ValueError, match=r"^row 7 of .*: the option '.{60}\.\.\.' adds 40 .*raise data.max_len"
+    ):
+        encode([long], tokenizer, max_length=9)
     with pytest.raises(ValueError, match=r"example 0: the option '' adds 0 tokens"):
         encode([Example("It was", ("",), 0)], tokenizer, max_length=9)
     with pytest.raises(ValueError, match="to at least one token"):

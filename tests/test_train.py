@@ -193,6 +193,35 @@ def test_more_ranks_than_rows_and_uneven_micro_batches(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_rank_without_rows_of_a_task_of_one_option(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_config(tmp_path, data={"task": "squad"}, train={"rows": 1}, optimizer={"directions": 1})
+    squad = [
+        {"context": "A cat sat.", "question": f"Who sat {i}?", "title": "t", "answers": {"text": ["A cat"]}}
+        for i in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in squad))
+    done = launch(["train", str(path), "data.max_new_tokens=2", "train.eval_every=0"])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_home_folder_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_config(tmp_path, train={"output": "~/run", "save_best": False, "eval_every": 0})
+    assert main(["train", str(path)]) == 0
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_what_lies_in_the_folder_of_a_new_run_stays(tmp_path: Path) -> None:
+    mine = tmp_path / "run" / "report"
+    mine.mkdir(parents=True)
+    (mine / "thesis.txt").write_text("years of work")
+    path = write_config(tmp_path, train={"save_best": False, "eval_every": 0, "steps": 1})
+    assert main(["train", str(path)]) == 0
+    assert (mine / "thesis.txt").read_text() == "years of work"
+
+
 def test_only_the_named_parameters_move(tmp_path: Path) -> None:
     path = write_config(tmp_path, model={"parameters": r"layers\.[12]\.mlp"}, train={"save_best": False})
     assert main(["train", str(path)]) == 0

@@ -298,6 +298,16 @@ def test_an_epoch_may_end_with_fewer_rows_than_directions(base: Path, tmp_path: 
     assert same(weights(it.model), weights(model))
 
 
+def test_a_short_last_batch_tests_all_directions_of_an_anchor_step(base: Path, tmp_path: Path) -> None:
+    zo = {"anchor": zo_dist.Anchor(every=2, directions=4), "eps": 1e-2}
+    options: dict[str, Any] = {"gradient_accumulation_steps": 1, "max_steps": -1, "num_train_epochs": 1}
+    # Batches of 4, 4 and 1 rows; the third is of an anchor step.
+    it = trainer(base, tmp_path, InOrderZOTrainer, zo=zo, train_dataset=ROWS[:9], **options)
+    it.train()
+    assert it.optimizer.step_count == 3
+    assert it.optimizer.skipped == 0
+
+
 def test_batches_that_never_test_all_directions_are_refused(base: Path, tmp_path: Path) -> None:
     it = trainer(base, tmp_path, zo={"directions": 9})
     with pytest.raises(ValueError, match="9 directions need at least 9 rows per step"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from zo_dist.anchor import Anchor, Anchored
 from zo_dist.curvature import Curvature, DiagonalCurvature
 from zo_dist.estimators import Estimator, OneSided, ThreeSided, TwoSided
 from zo_dist.laws import Law
+from zo_dist.lowrank import LowRankNoise
 from zo_dist.mask import SmallWeights
 from zo_dist.methods import (
     AnyCoefficients,
@@ -29,9 +31,11 @@ from zo_dist.methods import (
     SGDConfig,
 )
 from zo_dist.optimizer import Perturb
+from zo_dist.params import Span
 from zo_dist.probes import require_groups
 from zo_dist.rounding import Rounding
 from zo_dist.settings import apply_overrides, build, read_yaml
+from zo_dist.structure import noise_of
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -116,6 +120,8 @@ class EngineConfig:
     compute_dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
+        if self.deepspeed is not None:
+            object.__setattr__(self, "deepspeed", os.path.expanduser(self.deepspeed))
         if self.kind == "deepspeed" and self.deepspeed is None:
             raise ValueError("deepspeed is null; name a ds_config.json (configs/ds_zero3.json is one)")
         if self.kind in ("replicated", "fsdp2") and self.deepspeed is not None:
@@ -182,6 +188,10 @@ class OptimizerConfig:
             require_groups(self.anchor.directions, self.directions_per_row, "anchor.directions")
         _at_least(self, 0, "seed", "max_skipped")
         rule, coefficients = self.rule.build(self.weight_decay), self.coefficients.build()
+        structure = None if self.structure is None else self.structure.build()
+        noise = noise_of(self.noise, self.seed, False, structure, {})
+        if rule.factored and not isinstance(noise, LowRankNoise):
+            noise.left_span(Span("", torch.empty(0), 0))
         coefficients.bind(self.directions)
         curvature = Curvature(self.curvature)
         curvature.require(self.build_estimator(), self.scale.build(), rule, self.sampler.build())
@@ -238,6 +248,7 @@ class TrainConfig:
     verify_every: int = 100
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", os.path.expanduser(self.output))
         _at_least(self, 1, "steps", "rows", "eval_rows", "eval_micro_rows", "log_every", "keep_snapshots")
         _at_least(self, 0, "warmup_steps", "eval_every", "sync_every", "snapshot_every", "verify_every")
         for name in ("anchor_rows", "micro_rows"):
@@ -280,9 +291,10 @@ class Config:
                 f"train.anchor_rows is {anchor_rows}, but optimizer.anchor is null, so that there are no "
                 "anchor steps: set optimizer.anchor, or train.anchor_rows to null"
             )
-        if anchor is not None and (anchor.directions or 0) > (anchor_rows or self.train.rows) * per_row:
+        at_anchor = 0 if anchor is None else anchor.directions or self.optimizer.directions
+        if at_anchor > (anchor_rows or self.train.rows) * per_row:
             raise ValueError(
-                f"optimizer.anchor.directions is {anchor.directions}; it must be at most the rows of an "
+                f"optimizer.anchor.directions is {at_anchor}; it must be at most the rows of an "
                 f"anchor step ({anchor_rows or self.train.rows}) times optimizer.directions_per_row "
                 f"({per_row}): raise train.anchor_rows"
             )

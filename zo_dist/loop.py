@@ -171,6 +171,8 @@ class Loop:
                 folder = Path(settings.output) / SNAPSHOTS
                 with optimizer.clock.on("save"):
                     self._snapshot = PendingSnapshot(optimizer, folder, settings.keep_snapshots)
+                if not self._snapshot.copies:
+                    self._finish_snapshot()
             self._log.advance(loss=f"{loss:.4f}", validation=validation)
             if ends:
                 break
@@ -178,7 +180,7 @@ class Loop:
     def _rows_of(self, number: int) -> list[dict[str, Any]]:
         """What this rank runs in step `number`, from 0. Anchor steps go through the rows by themselves."""
         anchor = self._optimizer.anchor
-        return self._anchor_batches[number // anchor.every] if anchor.due(number) else self._batches[number]
+        return (self._anchor_batches if anchor.due(number) else self._batches)[number]
 
     def _finish_snapshot(self) -> None:
         snapshot, self._snapshot = self._snapshot, None

@@ -67,6 +67,12 @@ _SHIFT = {
 _COMBINE = {law: Kernel(_combine, *tile) for law, tile in TILES.items()}
 
 
+def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of numbers, for which the host does not wait: it goes to a GPU from pinned memory."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Noise:
     """The noise of one run: its law and seed, and how it is put on flat tensors.
 
@@ -186,7 +192,7 @@ class Noise:
         header = self._headers(name, step, NOISE, [direction], 0, table.device)
         spread = torch.arange(-(-width // unit) + 1, device=table.device)
         columns = torch.arange(width, device=table.device)
-        factor = torch.tensor(scale, dtype=torch.float32, device=table.device)
+        factor = to_device(scale, torch.float32, table.device)
         size = max(1, EAGER_CHUNK // width)
         out = table.new_empty(len(rows), width)
         for some, shifted in zip(torch.split(rows, size), torch.split(out, size), strict=True):
@@ -296,7 +302,7 @@ class Noise:
         *more: object,
     ) -> None:
         device = tensors[0].device
-        factors = torch.tensor(scales, dtype=torch.float32, device=device)
+        factors = to_device(scales, torch.float32, device)
 
         def arguments(block: int) -> tuple[object, ...]:
             return self._headers(name, step, NOISE, directions, block, device), factors, self.law, *more
@@ -319,4 +325,4 @@ class Noise:
         """int64 `[directions, 23]`, a header of `generator.words` for each direction."""
         schedule = self._schedule(name)
         heads = [[block, step & generator.MASK, stream << 24 | d, *schedule] for d in directions]
-        return torch.tensor(heads, dtype=torch.int64, device=device)
+        return to_device(heads, torch.int64, device)

@@ -18,6 +18,7 @@ from zo_dist.engines import select
 from zo_dist.estimators import Estimator, ThreeSided, TwoSided
 from zo_dist.laws import Law
 from zo_dist.mask import Mask, SmallWeights
+from zo_dist.noise import Noise
 from zo_dist.objective import Objective
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
 from zo_dist.parts import Shifts
@@ -37,7 +38,7 @@ from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
 from zo_dist.scale import Scale
-from zo_dist.selfcheck import check_engine
+from zo_dist.selfcheck import check_engine, warn_of_coarse_weights
 from zo_dist.state import Stateful
 from zo_dist.structure import Structure, noise_of
 from zo_dist.trajectory import StepRecord, TrajectoryError
@@ -156,6 +157,7 @@ class ZeroOrder(Stateful):
             # What the last step wrote, and a loaded snapshot's step and checksum: nothing yet.
             self.record = StepRecord(-1, lr)
             self.tie: tuple[int, int | None] = 0, None
+        self.rule.warn_of_no_decay(lr)
         self.engine.require_equal("the optimizer's settings", self.settings(lr))
         self.mask.bind(self.engine, self.params)
         super().__init__([p.param for p in self.params], {"lr": lr})
@@ -218,7 +220,9 @@ class ZeroOrder(Stateful):
                 of_rank = self._points(evaluate, draws, step)
             with self.clock.on("agree"):
                 points = self.engine.reduce(of_rank, (lr, draws, self.record, self.factors))
-        losses, sums = points[..., 0] / points[..., 1], points[0]
+        # A direction whose rows all weigh nothing (no labels) has no slope, and no share in the step.
+        losses = torch.where(points[..., 1] == 0.0, 0.0, points[..., 0] / points[..., 1])
+        sums = points[0]
         weights = sums[..., 1].sum(1)
         of_sides = (sums[..., 0].sum(0) / sums[..., 1].sum(0)).tolist()
         slopes, *at_anchor = (self.estimator.slopes(of_point, self.eps) for of_point in losses)
@@ -245,7 +249,7 @@ class ZeroOrder(Stateful):
         if not at_anchor:
             self.sampler.observe(draws, record.slopes)
         self.coefficients.observe(record.slopes)
-        self.scale.observe(record)
+        self.scale.observe(record, draws)
         self.skipped_in_a_row = 0
 
     def _write(self, record: StepRecord, draws: list[Draw]) -> None:
@@ -373,6 +377,8 @@ class ZeroOrder(Stateful):
         if self.self_check:
             with evaluating(self.engine.module):
                 check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, evaluate)
+            if type(self.noise) is Noise:
+                warn_of_coarse_weights(self.engine, self.params, self.eps)
         # Not before: a check that an error ended is made again.
         self._prepared = True
 

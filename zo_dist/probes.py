@@ -41,10 +41,14 @@ def num_rows(batch: Batch) -> int:
     return rows
 
 
+# What a record of the log counts (trajectory.py).
+MOST_DIRECTIONS = 65_535
+
+
 def require_groups(directions: int, per_row: int, name: str = "directions") -> None:
     """ValueError unless the directions of a step can be cut into groups of `per_row`."""
-    if directions < 1:
-        raise ValueError(f"{name} is {directions}; it must be at least 1")
+    if not 1 <= directions <= MOST_DIRECTIONS:
+        raise ValueError(f"{name} is {directions}; it must be at least 1 and at most {MOST_DIRECTIONS}")
     if per_row < 1 or directions % per_row:
         raise ValueError(
             f"directions_per_row is {per_row}; it must be at least 1 and divide {name} ({directions}) into "

@@ -20,7 +20,8 @@ class Rounding16:
 
     `stochastic`: up or down with the probability that keeps the mean exact, from 16 random bits of
     the weight's own stream, so it replays. `kahan`: to nearest, and the part lost is kept beside the
-    weight (2 bytes per parameter) and added back next time. `nearest`: what published code does;
+    weight (2 bytes per parameter) and added back next time; in float16, whose smallest number is 6e-8, moves
+    below half of that are lost all the same. `nearest`: what published code does;
     updates below half a unit in the last place vanish. float32 weights take the result as it is.
     """
 

@@ -7,6 +7,7 @@ weight. That loop, and the rounding, are in update.py; a rule says what the move
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from zo_dist.params import Span
 from zo_dist.part import Part
+
+log = logging.getLogger(__name__)
 
 Moment = Literal["estimate", "momentum"]
 
@@ -53,6 +56,16 @@ class Rule(Part):
     def remaining(self, lr: float, shape: torch.Size) -> float:
         """The share of a weight that decay leaves, in a parameter of this shape."""
         return 1.0 - lr * self.weight_decay if len(shape) > 1 else 1.0
+
+    def warn_of_no_decay(self, lr: float) -> None:
+        """Tell where so small a share decays in a step that float32 has no such number."""
+        if 0.0 < lr * self.weight_decay < 2.0**-25:
+            log.warning(
+                "weight_decay %g does nothing at lr %g: their product is below 3e-8, and weights are "
+                "multiplied by 1 less that in float32; raise it, or set it to 0",
+                self.weight_decay,
+                lr,
+            )
 
     def move(self, estimate: Tensor, kept: Sequence[Tensor], writes: int) -> Tensor:
         """The move, float32 like `estimate`, which may be overwritten; brings `kept` up to date in place.

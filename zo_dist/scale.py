@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zo_dist.engines import Engine
 from zo_dist.params import Arm, Param
 from zo_dist.part import Part
+from zo_dist.samplers import Draw
 from zo_dist.trajectory import StepRecord
 
 # Of the nets: mean and variance of the weights, the losses of both sides, the factor before.
@@ -45,8 +46,8 @@ class Scale(Part):
         """The factor of each parameter in the step to come, by name; 1 for those left out. A collective."""
         return {}
 
-    def observe(self, record: StepRecord) -> None:
-        """Learn from a step that was written."""
+    def observe(self, record: StepRecord, draws: Sequence[Draw]) -> None:
+        """Learn from a step that was written, with the last `factors`."""
 
 
 class RunningScale(Scale):
@@ -54,7 +55,9 @@ class RunningScale(Scale):
 
     For each arm a running mean of the squared slopes of directions that drew it, whose root is its factor,
     no more than `limit` times above or below the others' mean. `alpha` in (0, 1]: the weight of the newest.
-    Arms tell themselves apart only under a sampler that leaves some out. (Ours; no paper has it.)
+    A slope is taken for as long a perturbation as that of no scale: squared, it is divided by the mean square
+    of the drawn weights' factors (and lengths, see `Draw`), else factors would feed on themselves. Directions
+    that draw every arm tell none from another. (Ours; no paper has it.)
     """
 
     def __init__(self, alpha: float = 0.05, limit: float = 4.0) -> None:
@@ -67,6 +70,7 @@ class RunningScale(Scale):
     def bind(self, arms: Sequence[Arm]) -> None:
         super().bind(arms)
         self._arms, self._squares = list(arms), [0.0] * len(arms)
+        self._in_force = [1.0] * len(arms)
 
     def factors(self, engine: Engine) -> dict[str, float]:
         seen = [square for square in self._squares if square]
@@ -75,13 +79,23 @@ class RunningScale(Scale):
         mean = math.fsum(seen) / len(seen)
         roots = [min(max(math.sqrt((s or mean) / mean), 1 / self.limit), self.limit) for s in self._squares]
         by_name = {p.name: root for arm, root in zip(self._arms, roots, strict=True) for p in arm.params}
-        return _of_mean_square_1(by_name, {p.name: float(p.numel) for p in self.params})
+        factors = _of_mean_square_1(by_name, {p.name: float(p.numel) for p in self.params})
+        self._in_force = [factors[arm.params[0].name] for arm in self._arms]
+        return factors
 
-    def observe(self, record: StepRecord) -> None:
-        for arms, slope in zip(record.arms, record.slopes, strict=True):
-            for arm in arms:
-                before = self._squares[arm] or slope * slope
-                self._squares[arm] = (1.0 - self.alpha) * before + self.alpha * slope * slope
+    def observe(self, record: StepRecord, draws: Sequence[Draw]) -> None:
+        for draw, slope in zip(draws, record.slopes, strict=True):
+            if len(draw.arms) == len(self._arms):
+                continue
+            sizes = [float(self._arms[arm].numel) for arm in draw.arms]
+            scales = [self._in_force[a] * length for a, length in zip(draw.arms, draw.lengths, strict=True)]
+            square = math.fsum(n * scale**2 for n, scale in zip(sizes, scales, strict=True)) / math.fsum(
+                sizes
+            )
+            found = slope * slope / square
+            for arm in draw.arms:
+                before = self._squares[arm] or found
+                self._squares[arm] = (1.0 - self.alpha) * before + self.alpha * found
 
     def state_dict(self) -> dict[str, list[float]]:
         return {"squares": list(self._squares)}
@@ -125,7 +139,7 @@ class LearnedScale(Scale):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
+        self._path = Path(path).expanduser()
 
     def bind(self, arms: Sequence[Arm]) -> None:
         super().bind(arms)
@@ -155,7 +169,7 @@ class LearnedScale(Scale):
             {p.name: sigma for p, sigma in zip(self.params, self._found, strict=True)}, self._energies
         )
 
-    def observe(self, record: StepRecord) -> None:
+    def observe(self, record: StepRecord, draws: Sequence[Draw]) -> None:
         self._sigmas, self._losses = self._found, list(record.losses)
 
     def state_dict(self) -> dict[str, list[float]]:

@@ -8,6 +8,8 @@ mode), on one row each, and two forwards for the writes.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,6 +27,13 @@ _TRIAL_SHIFTS = (0.1, 0.3, 1.0)
 _ARMS_PER_FORWARD = 16
 # The losses of so many copies of one row, as one stacked forward gives them.
 Evaluate = Callable[[int], Tensor]
+
+# Bits of a weight from its first to half of its last.
+_BITS = {torch.bfloat16: 8, torch.float16: 11}
+# The share of the weights that is worth a warning.
+_MANY = 0.01
+
+log = logging.getLogger(__name__)
 
 # Keys of the trial noise; a run never gets to this step number.
 _TRIAL_STEP = 2**31 - 1
@@ -173,3 +182,27 @@ def _forward_and_compare(
         for hook in hooks:
             hook.remove()
     return stale
+
+
+def warn_of_coarse_weights(engine: Engine, params: Sequence[Param], eps: float) -> None:
+    """Tell if many weights have too few bits to be shifted by `eps`. A collective, and a pass over them.
+
+    Half of the distance to the next value of a 16-bit weight is then above `eps`: its shifted copy is
+    rounded back to it, or to twice the shift.
+    """
+    coarse = total = 0
+    for span in engine.spans(params):
+        total += span.flat.numel()
+        if span.flat.dtype in _BITS:
+            # Of the weights in [2^e, 2^(e+1)), half a step is 2^(e - bits).
+            least = 2.0 ** (math.floor(math.log2(eps)) + 1 + _BITS[span.flat.dtype])
+            coarse += sum(int((part.abs() >= least).sum()) for part in torch.split(span.flat, 1 << 24))
+    all_coarse, all_total = engine.exchange([float(coarse), float(total)]).sum(0).tolist()
+    if all_coarse > _MANY * all_total:
+        log.warning(
+            "%.0f%% of the trained weights cannot be shifted by eps (%g): values of their dtype lie further "
+            "apart where they are, and their estimate is noise. Raise eps, train float32 weights, or "
+            "leave norms out",
+            100.0 * all_coarse / all_total,
+            eps,
+        )

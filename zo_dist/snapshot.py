@@ -46,9 +46,9 @@ class PendingSnapshot:
     """What `save_snapshot` does, in two parts: between them a thread writes while the weights may change.
 
     Every rank must make it, and later call `finish`; one at a time. Until its file is `written`, a rank
-    holds a copy in CPU memory of what it writes: its trained weights, and what is kept beside them. Where that
-    is in CPU memory already, and its copy would take more than half of what is free there, there is no copy, and
-    the file is written before the object is made.
+    holds a copy in CPU memory of what it writes: its trained weights, and what is kept beside them. Where
+    that is in CPU memory already, and its copy would take more than half of what is free there, on any rank,
+    no rank `copies`, and the files are written before the object is made.
     """
 
     def __init__(self, optimizer: ZeroOrder, folder: str | Path, keep: int | None = None) -> None:
@@ -79,12 +79,13 @@ class PendingSnapshot:
                 for kind, piece in _pieces(optimizer)
                 if first[piece.name] == engine.rank
             }
-            copied = _may_copy(tensors.values())
-            if copied:
+        self.copies = bool(engine.exchange([float(_may_copy(tensors.values()))]).all())
+        with engine.jointly():
+            if self.copies:
                 tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
             self._thread = threading.Thread(target=self._write, args=(tensors,), name="snapshot")
             self._thread.start()
-            if not copied:
+            if not self.copies:
                 self.wait()
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -214,7 +215,8 @@ def _may_copy(tensors: Iterable[torch.Tensor]) -> bool:
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return True
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return sum(t.nbytes for t in tensors) * ranks <= psutil.virtual_memory().available // 2
+    free = int(psutil.virtual_memory().available)
+    return sum(tensor.nbytes for tensor in tensors) * ranks <= free // 2
 
 
 def _remedy(path: Path) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zo_dist import native
 from zo_dist.curvature import Curvature
 from zo_dist.mask import Mask
-from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise
+from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise, to_device
 from zo_dist.params import Param, Span
 from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Rule
@@ -81,7 +81,7 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
     # A factored rule has made its move of a side.
     thin = _thin(span, terms, write) if noise.is_product(span.name) else None
     moved = thin is not None and rule.factored
-    scalars = torch.tensor((remaining, write.lr), dtype=torch.float64, device=span.flat.device)
+    scalars = to_device((remaining, write.lr), torch.float64, span.flat.device)
     chunk = _CHUNK * torch.get_num_threads() if span.flat.device.type == "cpu" else _GPU_CHUNK
     for start in range(0, span.flat.numel(), chunk):
         flat = span.flat[start : start + chunk]

@@ -21,6 +21,8 @@ from workers import (
     wrap,
 )
 
+import zo_dist
+
 PoolOf = Callable[[int], Pool]
 
 
@@ -134,3 +136,28 @@ def ignored_arm(engine: str, mode: str) -> None:
 def test_an_arm_without_effect_is_found(pool: PoolOf, engine: str) -> None:
     for error in pool(2).errors(ignored_arm, engine, "module"):
         assert "SelfCheckError: shifting the weights of blocks.1 does not change the loss" in error
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eps", "share"),
+    # Up to 1.5 bfloat16 has steps of .0078, of which float16 has an eighth.
+    [
+        (torch.bfloat16, 1e-3, True),
+        (torch.bfloat16, 0.1, False),
+        (torch.float16, 1e-3, False),
+        (torch.float32, 1e-3, False),
+    ],
+)
+def test_weights_that_eps_cannot_shift_are_told(
+    caplog: pytest.LogCaptureFixture, dtype: torch.dtype, eps: float, share: bool
+) -> None:
+    model = build("llama", dtype)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.clamp_(-1.5, 1.5)
+    values = torch.cat([p.detach().flatten() for p in model.parameters()])
+    shifted = (values.float() + eps).to(dtype)
+    # A shift of less than half of a step is rounded away.
+    assert bool((shifted == values).float().mean() > 0.01) == share
+    zo_dist.ZeroOrder(model, eps=eps).prepare(rows_for("llama", 2), loss_of)
+    assert ("cannot be shifted by eps" in caplog.text) == share

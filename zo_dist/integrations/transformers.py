@@ -243,7 +243,7 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
 
     def _enough(self, batches: Sequence[Batch]) -> list[Batch]:
         """These micro-batches, so often that they test all directions, where a full step's would."""
-        groups = self.optimizer.directions // self.optimizer.directions_per_row
+        groups = self.optimizer.num_directions // self.optimizer.directions_per_row
         full = self.args.train_batch_size * self.args.gradient_accumulation_steps
         least = -(-groups // self.args.world_size)
         rows = sum(map(num_rows, batches))
@@ -312,7 +312,8 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
             return
         folder = Path(output_dir or self.args.output_dir)
         engine = self.optimizer.engine
-        with gathered(engine, folder) as state, engine.jointly():
+        # Inside the folder, which stays: it may be a file system of its own.
+        with gathered(engine, folder / "model") as state, engine.jointly():
             self._save(str(folder), state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

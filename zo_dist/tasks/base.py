@@ -1,5 +1,6 @@
 """What a task is: a function from a row of a data set to a prompt and what should follow it."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ class Example:
     messages is put into the tokenizer's chat template, and an option is then the assistant's message. Blanks
     at the outer ends of both together go, as in MeZO, unless both are taken `as_is`.
     `also_right`: further options that count as right, though none of them is trained on. `answers`: the
-    texts that a generated one is compared with.
+    texts that a generated one is compared with. `where`: the row that it was read from, for messages.
     """
 
     prompt: str | tuple[Message, ...]
@@ -27,6 +28,7 @@ class Example:
     also_right: tuple[int, ...] = ()
     answers: tuple[str, ...] = ()
     as_is: bool = False
+    where: str = dataclasses.field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class Task:
     def example(self, row: Row, where: str) -> Example:
         """Read one row; `where` names it in the ValueError that a bad row raises."""
         try:
-            return self.read(row)
+            return dataclasses.replace(self.read(row), where=where)
         except ValueError as error:
             raise ValueError(f"task {self.name!r}, {where}: {error}") from error
 

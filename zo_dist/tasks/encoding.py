@@ -15,6 +15,9 @@ from zo_dist.tasks.base import Example
 if TYPE_CHECKING:  # the package is imported without transformers, which takes a second
     from transformers import PreTrainedTokenizerBase
 
+# Characters of a text in an error message.
+_SHOWN = 60
+
 
 @dataclass(frozen=True)
 class EncodedRow:
@@ -67,10 +70,11 @@ def encode(
             tokens = next(encoded)
             length = len(tokens) - prompt_length
             if length < 1 or length > longest_option or prompt_length + len(before) < 1:
+                shown = option if len(option) <= _SHOWN else f"{option[:_SHOWN]}..."
                 raise ValueError(
-                    f"example {number}: the option {option!r} adds {length} tokens to a prompt of "
-                    f"{prompt_length}; it must add 1 to {longest_option} to at least one token "
-                    f"(max_length is {max_length})"
+                    f"{example.where or f'example {number}'}: the option {shown!r} adds {length} tokens to a "
+                    f"prompt of {prompt_length}; it must add 1 to {longest_option} to at least one token "
+                    f"(max_length is {max_length}): raise data.max_length, or leave the row out"
                 )
             room = max_length - len(before)
             truncated |= len(tokens) > room

@@ -1,5 +1,6 @@
 """Which rows are trained on, validated on and tested on: the same answer on every rank."""
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from pathlib import Path
 from zo_dist.tasks.base import Example, Task
 from zo_dist.tasks.packages import Row
 from zo_dist.tasks.sources import load_rows
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,8 @@ def load_splits(
 
     A source with labelled train, validation and test splits gives each from its own. With train
     and one labelled held-out split it is MeZO's protocol (large_models/run.py): test comes from the
-    held-out split, train and validation are disjoint parts of train. A source with one split is cut
-    in three. Asking for fewer training rows does not change the others.
+    held-out split, or is all of it where that has fewer rows; train and validation are disjoint parts of
+    train. A source with one split is cut in three. Asking for fewer training rows does not change the others.
 
     ValueError: fewer rows than asked for, splits of unknown names, a row that the task cannot read.
     """
@@ -49,6 +52,11 @@ def load_splits(
     for split in dict.fromkeys(origin.values()):
         rows = splits[split]
         names = [name for name in wanted if origin[name] == split]
+        if names == ["test"] and wanted["test"] > len(rows):
+            log.info(
+                "%s has %d rows to test on, all of which are: %d were asked for", source, len(rows), test
+            )
+            wanted["test"] = len(rows)
         total = sum(wanted[name] for name in names)
         if total > len(rows):
             asked = " + ".join(f"{wanted[name]} {name}" for name in names)
