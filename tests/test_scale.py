@@ -155,12 +155,12 @@ def test_running_factors_of_equal_arms_stay_together() -> None:
     options: dict[str, Any] = {"directions": 8, "lr": 0.0, "self_check": False, "perturb": "shard"}
     scale, sampler = zo_dist.RunningScale(), zo_dist.Uniform(sparsity=0.875)
     optimizer = zo_dist.ZeroOrder(model, scale=scale, sampler=sampler, **options)
-    for _ in range(300):
+    for _ in range(400):
         optimizer.step_batch({"x": x}, lambda m, batch: m(batch["x"]))
     found = list(optimizer.scale.factors(optimizer.engine).values())
     # Squares of z.g scatter by sqrt(2) of their mean; averaged over some 2 / alpha = 40 of them by .22, so
-    # that roots scatter by .11. The faulty recursion ends at both limits, 16 apart.
-    assert max(found) / min(found) < 4.0
+    # that roots scatter by .11, and the eight of them are seldom 1.6 apart. With the faulty recursion: 6.6.
+    assert max(found) / min(found) < 2.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
