@@ -159,12 +159,15 @@ def files_by_name(folder: Path) -> dict[str, Path]:
 
 @dataclass
 class Ranks:
-    """The processes of a launcher, and the most that one of them needed, in bytes."""
+    """The processes of a launcher, and the most that they needed, in bytes.
+
+    Of one process, `resident` memory and what of it is no page of a file (`anonymous`); of all, the latter.
+    """
 
     process: subprocess.Popen[bytes]
     resident: int = 0
     anonymous: int = 0
-    together: int = 0
+    anonymous_of_all: int = 0
     ended: threading.Event = field(default_factory=threading.Event)
 
     def all(self) -> list[psutil.Process]:
@@ -187,7 +190,7 @@ class Ranks:
             if sizes:
                 self.resident = max(self.resident, *(size for size, _ in sizes))
                 self.anonymous = max(self.anonymous, *(size for _, size in sizes))
-                self.together = max(self.together, sum(size for _, size in sizes))
+                self.anonymous_of_all = max(self.anonymous_of_all, sum(size for _, size in sizes))
 
 
 @contextlib.contextmanager
@@ -195,15 +198,7 @@ def launched(arguments: list[str]) -> Iterator[Ranks]:
     """`torchrun -m zo_dist` with these arguments; tells what its processes needed."""
     cores = len(os.sched_getaffinity(0))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // RANKS))}
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(RANKS),
-        "-m",
-        "zo_dist",
-    ]
+    launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node {RANKS} -m zo_dist".split()
     ranks = Ranks(subprocess.Popen([*launcher, *arguments], env=environment, cwd=ROOT))
     watcher = threading.Thread(target=ranks.watch)
     watcher.start()
@@ -213,8 +208,11 @@ def launched(arguments: list[str]) -> Iterator[Ranks]:
         ranks.ended.set()
         watcher.join()
         ranks.process.kill()
-    gib = [size / 2**30 for size in (ranks.resident, ranks.anonymous, ranks.together)]
-    print("  most of one process: {:.2f} GiB, {:.2f} of it its own; of all: {:.2f}".format(*gib), flush=True)
+    gib = [size / 2**30 for size in (ranks.resident, ranks.anonymous, ranks.anonymous_of_all)]
+    print(
+        "  at most: one process {:.2f} GiB, {:.2f} no pages of files; of those all {:.2f}".format(*gib),
+        flush=True,
+    )
 
 
 @contextlib.contextmanager
