@@ -69,8 +69,9 @@ _COMBINE = {law: Kernel(_combine, *tile) for law, tile in TILES.items()}
 
 def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of numbers, for which the host does not wait: it goes to a GPU from pinned memory."""
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type in ("cpu", "meta"):
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 class Noise:
