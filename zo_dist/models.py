@@ -30,6 +30,9 @@ from zo_dist.tasks import resolve_model
 
 log = logging.getLogger(__name__)
 
+# By transformers itself: ours takes its place. (What is left out is None in 5.15, and no number.)
+NO_SHARDING = DistributedConfig(tp_size=1, fsdp_size=1)
+
 
 def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, Any]:
     """The model's tokenizer and its `transformers` config; ValueError if there is no such model."""
@@ -82,7 +85,7 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
         # Read in shards, weights go to the device of the mesh, where those to be offloaded may find no room.
         whole = offload and device.type != "cpu"
         with nullcontext() if whole else reading_shards(shard, mesh.size(-1)):
-            model = _trainable(config.model, distributed_config=None if whole else DistributedConfig())
+            model = _trainable(config.model, distributed_config=None if whole else NO_SHARDING)
         return model.to(device) if isinstance(model, FSDPModule) else shard(model)
     if kind == "deepspeed":
         assert config.engine.deepspeed is not None

@@ -91,14 +91,14 @@ def is_cpu_offload(policy: object) -> bool:
 
 @contextmanager
 def reading_shards(shard: Callable[[nn.Module], nn.Module], num_shards: int) -> Iterator[None]:
-    """Inside, `from_pretrained(distributed_config=DistributedConfig())` reads what this rank holds, no more.
+    """Inside, `from_pretrained` with a `distributed_config` reads what this rank holds, no more.
 
-    transformers builds the model without memory, has a hook of its own shard it, then reads, converts
-    and casts slices of the files (since 5.15). Its sharding makes other groups than `shard_with_fsdp2`, needs
-    a plan that some models lack, and more than one process: so `shard` takes the hook's place. Shards come to
-    the mesh's device; buffers stay on the CPU until `.to(device)`. A model that it cannot read in parts
-    comes whole and not sharded: one with quantised weights, or with fewer experts than hold for each
-    of `num_shards` ranks to have one.
+    It is `DistributedConfig(tp_size=1, fsdp_size=1)`. transformers builds the model without memory, has a
+    hook of its own shard it, then reads, converts and casts slices of the files (since 5.15). Its sharding
+    makes other groups than `shard_with_fsdp2`, needs a plan that some models lack, and more than one process:
+    so `shard` takes the hook's place. Shards come to the mesh's device; buffers stay on the CPU until
+    `.to(device)`. A model that it cannot read in parts comes whole and not sharded: one with quantised
+    weights, or with fewer experts than leave one for each of `num_shards` ranks.
     """
 
     def hook(cls: type[PreTrainedModel], model: PreTrainedModel, *others: object) -> nn.Module:
