@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -36,7 +34,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.step import torchrun
 from zo_dist.cli import main as zo_dist
+from zo_dist.memory import proc_status
 from zo_dist.planning.shapes import read_shape
 from zo_dist.tasks import resolve_model
 
@@ -180,13 +180,8 @@ class Ranks:
         while not self.ended.wait(0.05):
             sizes = []
             for process in self.all():
-                with contextlib.suppress(OSError, psutil.Error):
-                    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                    said = dict(line.split(":", 1) for line in lines)
-                    # A process that has ended, but not been waited for, has no memory.
-                    if "VmRSS" in said:
-                        kib = [int(said[key].split()[0]) for key in ("VmRSS", "RssAnon")]
-                        sizes.append((1024 * kib[0], 1024 * kib[1]))
+                with contextlib.suppress(OSError, RuntimeError):
+                    sizes.append((proc_status("VmRSS", process.pid), proc_status("RssAnon", process.pid)))
             if sizes:
                 self.resident = max(self.resident, *(size for size, _ in sizes))
                 self.anonymous = max(self.anonymous, *(size for _, size in sizes))
@@ -196,10 +191,8 @@ class Ranks:
 @contextlib.contextmanager
 def launched(arguments: list[str]) -> Iterator[Ranks]:
     """`torchrun -m zo_dist` with these arguments; tells what its processes needed."""
-    cores = len(os.sched_getaffinity(0))
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // RANKS))}
-    launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node {RANKS} -m zo_dist".split()
-    ranks = Ranks(subprocess.Popen([*launcher, *arguments], env=environment, cwd=ROOT))
+    command, environment = torchrun(RANKS, "zo_dist")
+    ranks = Ranks(subprocess.Popen([*command, *arguments], env=environment, cwd=ROOT))
     watcher = threading.Thread(target=ranks.watch)
     watcher.start()
     try:

@@ -84,11 +84,15 @@ def measured(ranks: int, **setting: Any) -> list[dict[str, Any]]:
 
 def launch(module: str, ranks: int, setting: Setting) -> None:
     """Run a module on so many processes that share the cores, with the setting as its argument."""
+    command, environment = torchrun(ranks, module)
+    subprocess.run([*command, json.dumps(asdict(setting))], env=environment, check=True, stdout=sys.stderr)
+
+
+def torchrun(ranks: int, module: str) -> tuple[list[str], dict[str, str]]:
+    """The command and environment of a module on so many processes that share the cores."""
     cores = len(os.sched_getaffinity(0))
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, "-m", module, json.dumps(asdict(setting))]
-    subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", module]
+    return command, os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
 
 
 def show(lines: list[dict[str, Any]]) -> None:

@@ -194,14 +194,12 @@ def test_more_ranks_than_rows_and_uneven_micro_batches(tmp_path: Path) -> None:
 
 
 def test_a_rank_without_rows_of_a_task_of_one_option(tmp_path: Path) -> None:
-    rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(60)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = write_config(tmp_path, data={"task": "squad"}, train={"rows": 1}, optimizer={"directions": 1})
-    squad = [
+    rows = [
         {"context": "A cat sat.", "question": f"Who sat {i}?", "title": "t", "answers": {"text": ["A cat"]}}
         for i in range(60)
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in squad))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_config(tmp_path, data={"task": "squad"}, train={"rows": 1}, optimizer={"directions": 1})
     done = launch(["train", str(path), "data.max_new_tokens=2", "train.eval_every=0"])
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -8,6 +8,7 @@ ranks are out of step, costs the pool its life and the test its success.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
 import multiprocessing
@@ -315,12 +316,9 @@ def wrap(engine: str, model: Any) -> Any:
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         return deepspeed_engine(model, config, optimizer=optimizer)
     if engine == "zero3_2x2":
-        from zo_dist.engines import read_ds_config
         from zo_dist.engines.build import zero3_engine, zero3_group
 
-        stage3, dtype = {"zero_optimization": {"stage": 3}}, next(model.parameters()).dtype
-        ds = read_ds_config(stage3, hidden_size=16, micro_batch=1, num_ranks=4, dtype=dtype)
-        return zero3_engine(model, ds, zero3_group(2))
+        return zero3_engine(model, _read_ds(model, {"stage": 3}), zero3_group(2))
     zero: dict[str, Any] = {"stage": int(engine[4])}
     if engine == "zero3_offload":
         zero["offload_param"] = {"device": "cpu"}
@@ -362,6 +360,11 @@ def layers_of(model: Any) -> list[Any]:
 
 
 def ds_config(model: Any, zero: Mapping[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = _read_ds(model, zero).config
+    return config
+
+
+def _read_ds(model: Any, zero: Mapping[str, Any]) -> Any:
     import torch
     import torch.distributed as dist
 
@@ -373,7 +376,7 @@ def ds_config(model: Any, zero: Mapping[str, Any]) -> dict[str, Any]:
         if dtype == kind:
             source[key] = {"enabled": True}
     ranks = dist.get_world_size()
-    return read_ds_config(source, hidden_size=16, micro_batch=1, num_ranks=ranks).config
+    return read_ds_config(source, hidden_size=16, micro_batch=1, num_ranks=ranks)
 
 
 def deepspeed_engine(model: Any, config: Mapping[str, Any], **options: Any) -> Any:
@@ -401,6 +404,17 @@ def _through_zero_init(model: Any) -> Any:
         engine = deepspeed_engine(sharded, config)
         del alive
     return engine
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Inside, what is freed goes back to the system at once: else a peak is that of the past."""
+    mallopt, threshold = ctypes.CDLL("libc.so.6").mallopt, -3  # M_MMAP_THRESHOLD, malloc.h
+    mallopt(threshold, 1 << 16)
+    try:
+        yield
+    finally:
+        mallopt(threshold, 1 << 25)  # the highest there is, as for the calls before
 
 
 def whole_weights(optimizer: Any) -> dict[str, Any]:

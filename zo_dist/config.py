@@ -17,7 +17,6 @@ from zo_dist.anchor import Anchor, Anchored
 from zo_dist.curvature import Curvature, DiagonalCurvature
 from zo_dist.estimators import Estimator, OneSided, ThreeSided, TwoSided
 from zo_dist.laws import Law
-from zo_dist.lowrank import LowRankNoise
 from zo_dist.mask import SmallWeights
 from zo_dist.methods import (
     AnyCoefficients,
@@ -31,7 +30,6 @@ from zo_dist.methods import (
     SGDConfig,
 )
 from zo_dist.optimizer import Perturb
-from zo_dist.params import Span
 from zo_dist.probes import require_groups
 from zo_dist.rounding import Rounding
 from zo_dist.settings import apply_overrides, build, read_yaml
@@ -190,8 +188,8 @@ class OptimizerConfig:
         rule, coefficients = self.rule.build(self.weight_decay), self.coefficients.build()
         structure = None if self.structure is None else self.structure.build()
         noise = noise_of(self.noise, self.seed, False, structure, {})
-        if rule.factored and not isinstance(noise, LowRankNoise):
-            noise.left_span(Span("", torch.empty(0), 0))
+        if rule.factored:
+            noise.require_product()
         coefficients.bind(self.directions)
         curvature = Curvature(self.curvature)
         curvature.require(self.build_estimator(), self.scale.build(), rule, self.sampler.build())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zo_dist.laws import Law
 from zo_dist.matrices import MatrixNoise
-from zo_dist.noise import Noise
+from zo_dist.noise import Noise, to_device
 
 # Elements of a matrix whose noise is held at a time: they stay in a core's cache. A GPU needs more work.
 _CHUNK, _GPU_CHUNK = 1 << 18, 1 << 22
@@ -92,7 +92,7 @@ class FlipoutNoise(MatrixNoise):
         device: torch.device,
     ) -> Iterator[tuple[slice, Tensor]]:
         columns, directions = self._columns[name], [direction for direction, _ in terms]
-        scales = torch.tensor(_exact([scale for _, scale in terms]), dtype=torch.float64, device=device)
+        scales = to_device(_exact([scale for _, scale in terms]), torch.float64, device)
         right = self._flips(name, "columns", step, directions, 0, columns, device).to(torch.float64)
         right *= scales.unsqueeze(1)
         end = offset + numel

@@ -118,6 +118,9 @@ class LowRankNoise(MatrixNoise):
         rows = range(self._rows[name]) if numel is None else self._rows_of(name, offset, numel)
         return self._left(name, step, terms, rows, device), self._right(name, step, device)
 
+    def require_product(self) -> None:
+        """It is one."""
+
     def left_span(self, span: Span) -> Span:
         if not self.has_sides(span.name):
             return span

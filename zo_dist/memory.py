@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -22,9 +23,13 @@ def peaks(device: torch.device) -> tuple[float, float]:
     return host, allocated
 
 
-def proc_status(key: str) -> int:
-    """Bytes that /proc/self/status has for `key`: VmRSS, VmHWM (proc(5)). OSError where there is none."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def proc_status(key: str, pid: int | Literal["self"] = "self") -> int:
+    """Bytes that a process has of `key`: VmRSS, VmHWM, RssAnon (proc(5)).
+
+    OSError where there is no such process, or no /proc; RuntimeError where it has ended, but is not waited
+    for.
+    """
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
+    raise RuntimeError(f"/proc/{pid}/status has no {key}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,8 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
         mesh = fsdp2_mesh(device, config.engine.shard_ranks)
         if config.engine.offload_to_cpu and device.type == "cpu" and rank == 0:
             log.info("engine.offload_to_cpu changes nothing here: the ranks compute on the CPU")
-        offload = config.engine.offload_to_cpu
-
-        def shard(module: nn.Module) -> nn.Module:
-            compute_dtype = config.engine.torch_compute_dtype
-            return shard_with_fsdp2(module, mesh, offload_to_cpu=offload, compute_dtype=compute_dtype)
-
+        offload, compute_dtype = config.engine.offload_to_cpu, config.engine.torch_compute_dtype
+        shard = partial(shard_with_fsdp2, mesh=mesh, offload_to_cpu=offload, compute_dtype=compute_dtype)
         # Read in shards, weights go to the device of the mesh, where those to be offloaded may find no room.
         whole = offload and device.type != "cpu"
         with nullcontext() if whole else reading_shards(shard, mesh.size(-1)):

@@ -139,15 +139,20 @@ class Noise:
         """
         raise TypeError(f"{type(self).__name__} is no product")
 
-    def left_span(self, span: Span) -> Span:
-        """What a rule that is `factored` moves in place of `span`: of a matrix its rows of the first side.
-
-        They are a span of that side, not filled in. ValueError if this noise is no product.
-        """
+    def require_product(self) -> None:
+        """ValueError if this noise is no product, of whose sides a rule that is `factored` moves one."""
         raise ValueError(
             "factored is true: the rule is to keep its momentum in one side of noise of low rank, but this "
             "noise has full rank; give structure LowRank(...), or set factored to false"
         )
+
+    def left_span(self, span: Span) -> Span:
+        """What a rule that is `factored` moves in place of `span`: of a matrix its rows of the first side.
+
+        They are a span of that side, not filled in. Raises as `require_product`.
+        """
+        self.require_product()
+        return span
 
     def carry(self, name: str, left: Tensor, before: int, step: int) -> None:
         """Change `left`, flat rows of a first side, from the second side of step `before` to that of `step`.

@@ -89,10 +89,8 @@ class RunningScale(Scale):
                 continue
             sizes = [float(self._arms[arm].numel) for arm in draw.arms]
             scales = [self._in_force[a] * length for a, length in zip(draw.arms, draw.lengths, strict=True)]
-            square = math.fsum(n * scale**2 for n, scale in zip(sizes, scales, strict=True)) / math.fsum(
-                sizes
-            )
-            found = slope * slope / square
+            squares = [n * scale**2 for n, scale in zip(sizes, scales, strict=True)]
+            found = slope * slope / (math.fsum(squares) / math.fsum(sizes))
             for arm in draw.arms:
                 before = self._squares[arm] or found
                 self._squares[arm] = (1.0 - self.alpha) * before + self.alpha * found

@@ -2,8 +2,9 @@
 
 It catches what would otherwise be a run that silently learns nothing: a gathered copy that outlives
 its forward (persistent ZeRO-3 parameters, an FSDP2 group left unsharded, hpZ), an arm whose
-parameters the model does not use. Cost: four forwards per 16 arms (module mode) or four in all (shard
-mode), on one row each, and two forwards for the writes.
+parameters the model does not use. It also tells of weights that have too few bits for eps. Cost: four
+forwards per 16 arms (module mode) or four in all (shard mode), on one row each, two forwards for the
+writes, and a pass over the weights.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class PendingSnapshot:
                 for kind, piece in _pieces(optimizer)
                 if first[piece.name] == engine.rank
             }
-        self.copies = bool(engine.exchange([float(_may_copy(tensors.values()))]).all())
+        self.copies = bool(engine.exchange([float(_may_copy(list(tensors.values())))]).all())
         with engine.jointly():
             if self.copies:
                 tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
@@ -209,9 +209,8 @@ def check_file(path: Path, expected: list[int]) -> None:
         raise SnapshotError(f"{path} {fault}; {_remedy(path.parent)}")
 
 
-def _may_copy(tensors: Iterable[torch.Tensor]) -> bool:
+def _may_copy(tensors: Sequence[torch.Tensor]) -> bool:
     """Must they be copied, or is there plenty of room for it?"""
-    tensors = list(tensors)
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return True
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

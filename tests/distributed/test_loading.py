@@ -12,7 +12,7 @@ from models import KINDS, build, loss_of, rows_for
 from planned import wide_llama
 from tiny_run import write_config
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from workers import Pool, digest, whole_weights
+from workers import Pool, digest, freed_at_once, whole_weights
 
 FILES = ("one file", "files of some weights", "without the head's names", "pickled")
 
@@ -125,10 +125,11 @@ def peak_of_loading(config_path: str) -> int:
 
     config = load_config(config_path, [])
     hf_config = AutoConfig.from_pretrained(config.model.source)
-    memory.settled()
-    before = memory.resident_bytes()
     place = torch.device("cpu"), dist.get_rank(), dist.get_world_size()
-    return memory.peak_bytes(lambda: load_model(config, hf_config, *place), place[0]) - before
+    with freed_at_once():
+        memory.settled()
+        before = memory.resident_bytes()
+        return memory.peak_bytes(lambda: load_model(config, hf_config, *place), place[0]) - before
 
 
 def test_a_rank_needs_no_more_than_its_shard_and_the_bytes_it_reads(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from models import LENGTH, build, loss_of, rows_for
 from planned import config_of, mode_of, wide_llama
 from transformers import AutoModelForCausalLM
-from workers import Pool, deepspeed_engine, needs_deepspeed
+from workers import Pool, deepspeed_engine, freed_at_once, needs_deepspeed
 
 from benchmarks import memory
 from benchmarks.traffic import Counted, split
@@ -180,16 +179,11 @@ def one_step(engine: str, settings: dict[str, Any], layers: int) -> Callable[[],
 
 def peak_of_a_step(engine: str, settings: dict[str, Any]) -> int:
     """Bytes above what the process had before there was a model."""
-    # What is freed goes back at once: else a peak is that of the past.
-    mallopt, threshold = ctypes.CDLL("libc.so.6").mallopt, -3  # M_MMAP_THRESHOLD, malloc.h
-    mallopt(threshold, 1 << 16)
-    try:
+    with freed_at_once():
         one_step(engine, settings, layers=1)  # what is loaded and compiled once
         memory.settled()
         before = memory.resident_bytes()
         return memory.peak_bytes(one_step(engine, settings, layers=6), torch.device("cpu")) - before
-    finally:
-        mallopt(threshold, 1 << 25)  # the highest there is, as for the calls before
 
 
 @pytest.mark.parametrize("perturb", ["module", "shard"])

@@ -175,6 +175,16 @@ class Engine:
                 f"(rank {self.rank} has {', '.join(f'{n}={settings[n]!r}' for n in names)})"
             )
 
+    def compare_copies(self, pieces: Mapping[str, Tensor], holders: Sequence[int]) -> None:
+        """Take note of the ranks that hold the same pieces of weights as this one, itself among them.
+
+        Every rank must call it. ValueError on every rank if copies differ anywhere.
+        """
+        self.has_copies = len(holders) > 1
+        if self.has_copies:
+            prints = {name: fingerprint(piece) for name, piece in pieces.items()}
+            self.require_equal("the starting weights", prints, among=holders)
+
     def together(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error, so that none waits for one that left."""
         failed = self.exchange([float(error is not None)]).flatten().nonzero().flatten().tolist()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_dist.engines.agreement import fingerprint
 from zo_dist.engines.base import Engine, await_each_forward
 from zo_dist.engines.replicated import ReplicatedEngine
 from zo_dist.params import Param, Span, canonical_name, unwrap
@@ -55,7 +54,7 @@ class ZeRO3Engine(Engine):
                 "engine.shard_ranks, or build the model under deepspeed.zero.Init(data_parallel_group=...))"
             )
         self._offload = engine.optimizer
-        named: Iterable[tuple[str, Any]] = module.named_parameters()
+        named: list[tuple[str, Any]] = list(module.named_parameters())
         offloaded = False
         for name, param in named:
             if param.ds_tensor.status.name != "AVAILABLE":
@@ -66,24 +65,20 @@ class ZeRO3Engine(Engine):
             offloaded |= param.ds_tensor.device.type != self.device.type
         if offloaded:
             await_each_forward(module)
-        self._compare_groups(module)
+        spans = [self._span(Param(canonical_name(name), p, p.ds_shape, ())) for name, p in named]
+        pieces = {span.name: span.flat for span in spans}
+        self.compare_copies(pieces, self._ranks_of_same_shard([p for _, p in named]))
 
-    def _compare_groups(self, module: nn.Module) -> None:
-        """Where groups of ranks each hold all weights, take note, and compare what they start with."""
-        named: list[tuple[str, Any]] = list(module.named_parameters())
-        first = named[0][1]
-        if any(p.ds_zero_partition_world_size != first.ds_zero_partition_world_size for _, p in named):
+    def _ranks_of_same_shard(self, params: Sequence[Any]) -> list[int]:
+        """This rank, and where groups of ranks each hold all weights its like in the others. A collective."""
+        first = params[0]
+        if any(p.ds_zero_partition_world_size != first.ds_zero_partition_world_size for p in params):
             raise ValueError(
                 "parameters are sharded over groups of different sizes; build the whole model under one "
                 "deepspeed.zero.Init(data_parallel_group=...)"
             )
         places = self.exchange([float(first.ds_zero_partition_rank)]).flatten().tolist()
-        replicas = [rank for rank, place in enumerate(places) if place == first.ds_zero_partition_rank]
-        self.has_copies = len(replicas) > 1
-        if self.has_copies:
-            spans = [self._span(Param(canonical_name(name), p, p.ds_shape, ())) for name, p in named]
-            prints = {span.name: fingerprint(span.flat) for span in spans}
-            self.require_equal("the starting weights", prints, among=replicas)
+        return [rank for rank, place in enumerate(places) if place == first.ds_zero_partition_rank]
 
     def shape_of(self, param: Any) -> torch.Size:
         return torch.Size(param.ds_shape)

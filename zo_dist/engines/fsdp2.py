@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from zo_dist.engines.agreement import fingerprint
 from zo_dist.engines.base import Engine, await_each_forward
 from zo_dist.params import Param, Span, canonical_name
 
@@ -62,11 +61,8 @@ class FSDP2Engine(Engine):
             )
         if first.to_local().device.type != device.type:
             await_each_forward(module)
-        replicas = _ranks_of_same_shard(first)
-        self.has_copies = len(replicas) > 1
-        if self.has_copies:
-            prints = {name: fingerprint(param.to_local()) for name, param in shards.items()}
-            self.require_equal("the starting weights", prints, among=replicas)
+        pieces = {name: param.to_local() for name, param in shards.items()}
+        self.compare_copies(pieces, _ranks_of_same_shard(first))
 
     def _note_run(self, module: nn.Module, args: object) -> None:
         self._has_run = True

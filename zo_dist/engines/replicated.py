@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from zo_dist.engines.agreement import fingerprint
 from zo_dist.engines.base import Engine
 from zo_dist.params import Param, Span, canonical_name, stored_parts
 
@@ -20,11 +19,8 @@ class ReplicatedEngine(Engine):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, next(module.parameters(), torch.empty(0)).device)
-        self.has_copies = self.num_ranks > 1
-        if self.has_copies:
-            named = [stored_parts(canonical_name(n), p).items() for n, p in module.named_parameters()]
-            weights = {name: fingerprint(part) for parts in named for name, part in parts}
-            self.require_equal("the starting weights", weights)
+        named = [stored_parts(canonical_name(n), p).items() for n, p in module.named_parameters()]
+        self.compare_copies({name: part for parts in named for name, part in parts}, range(self.num_ranks))
 
     def _span(self, param: Param) -> Span:
         weight = param.param.detach()

@@ -69,24 +69,22 @@ def load_rows(source: str, cache: Path | None = None) -> Mapping[str, Sequence[R
                 f"cannot load the data set {source!r} from the hub: {error.__cause__ or error}. Offline, set "
                 f"a local file or one of {', '.join(_names('data'))}"
             ) from error
-    if path.is_dir():
-        try:
-            return _rows(load_dataset(str(path)))
-        except DatasetsError as error:
-            raise ValueError(f"data folder {source!r} cannot be read: {error.__cause__ or error}") from error
-    if path.suffix not in _BUILDERS:
-        raise ValueError(
-            f"data file {source!r} ends in {path.suffix!r}; readable endings: {', '.join(_BUILDERS)}"
-        )
-    builder, options = _BUILDERS[path.suffix]
-    if key:
-        if builder != "json":
-            raise ValueError(f"{source!r} names a key, {key!r}, but only a JSON file has keys")
-        options = {"field": key}
+    what, builder, options = "folder", str(path), dict[str, Any]()
+    if not path.is_dir():
+        if path.suffix not in _BUILDERS:
+            raise ValueError(
+                f"data file {source!r} ends in {path.suffix!r}; readable endings: {', '.join(_BUILDERS)}"
+            )
+        what, (builder, options) = "file", _BUILDERS[path.suffix]
+        if key:
+            if builder != "json":
+                raise ValueError(f"{source!r} names a key, {key!r}, but only a JSON file has keys")
+            options = {"field": key}
+        options = {"data_files": str(path), **options}
     try:
-        return _rows(load_dataset(builder, data_files=str(path), **options))
+        return _rows(load_dataset(builder, **options))
     except DatasetsError as error:
-        raise ValueError(f"data file {source!r} cannot be read: {error.__cause__ or error}") from error
+        raise ValueError(f"data {what} {source!r} cannot be read: {error.__cause__ or error}") from error
 
 
 def _rows(splits: object) -> Mapping[str, Sequence[Row]]:

@@ -53,9 +53,7 @@ def load_splits(
         rows = splits[split]
         names = [name for name in wanted if origin[name] == split]
         if names == ["test"] and wanted["test"] > len(rows):
-            log.info(
-                "%s has %d rows to test on, all of which are: %d were asked for", source, len(rows), test
-            )
+            log.info("%s has %d rows to test on: all are taken, not %d", source, len(rows), test)
             wanted["test"] = len(rows)
         total = sum(wanted[name] for name in names)
         if total > len(rows):
