@@ -360,3 +360,19 @@ def test_models_outside_the_list_are_read_from_their_config(folder: Path) -> Non
     assert source == str(folder)
     assert isinstance(shape, transformers.LlamaConfig)
     assert shape.hidden_size == wide_llama().hidden_size
+
+
+def test_an_embedding_that_is_shifted_whole_is_not_beside_the_layers() -> None:
+    """More tokens than an eighth of the vocabulary: its copy is made, and gone when the layers run."""
+    shape = wide_llama()
+    memory = {}
+    for vocabulary in (40_960, 81_920):
+        shape.vocab_size = vocabulary
+        config = config_of(rows=128, dtype="bfloat16", directions=2)
+        plan = make_plan(config, shape, parse_cluster("2xA100-40G"), length=64)
+        memory[vocabulary] = mode_of(plan, "replicated", "module").memory
+    small, large = memory.values()
+    assert small is not None
+    assert large is not None
+    assert large.weights > small.weights
+    assert (large.scratch, large.activations) == (small.scratch, small.activations)

@@ -87,8 +87,16 @@ class Shifts:
         return probe.sign * self.eps * length * self.factors.get(name, 1.0)
 
 
+def _part_of(weight: Tensor) -> int:
+    return _PART if weight.device.type == "cpu" else _GPU_PART
+
+
 class Scratch:
-    """Buffers for shifted copies: they stack up while owners nest, and are used again after."""
+    """Buffers for shifted copies: they stack up while owners nest, and are used again after.
+
+    Large ones are given back instead: an embedding that is shifted whole, before the layers, would else stay
+    beside all that the layers need.
+    """
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
@@ -102,6 +110,11 @@ class Scratch:
             yield self._take
         finally:
             self._depth = depth
+            for i in range(depth, len(self._buffers)):
+                buffer = self._buffers[i]
+                # In bytes: a part of a linear layer in float32 stays.
+                if buffer.numel() > 4 * _part_of(buffer):
+                    self._buffers[i] = buffer.new_empty(0)
 
     def _take(self, like: Tensor) -> Tensor:
         size = like.numel() * like.element_size()
@@ -163,8 +176,7 @@ def linear(
     the output goes, if the caller has a place for it. The scratch copies stay small: of `_PART` elements.
     """
     probes = [probe for probe, _, _ in sides]
-    most = _PART if weight.device.type == "cpu" else _GPU_PART
-    num_out, rows = len(weight), max(1, most // weight.shape[1])
+    num_out, rows = len(weight), max(1, _part_of(weight) // weight.shape[1])
     outs = [out for _, _, out in sides]
 
     def shifted(which: str, whole: Tensor, take: Callable[[Tensor], Tensor]) -> list[Tensor]:
