@@ -123,6 +123,8 @@ def main() -> None:
                 subject.run()
                 seconds[i].append(time.perf_counter() - start)
             parts[i].append((part["perturb"], part["update"]))
+    if bench.device.type == "cpu":
+        memory.map_each_tensor()
     plain = statistics.mean(seconds[[s.method for s in bench.subjects].index("forward")])
     lines = []
     for i, subject in enumerate(bench.subjects):
@@ -143,15 +145,15 @@ def main() -> None:
 
 
 def costs(bench: Bench, subject: Subject) -> dict[str, float]:
-    """What a step moves and needs: counted in one step, and the peak of three, each beside one of inference.
+    """What a step moves and needs: counted in one step, and the peak of three (one of MeZO as published).
 
-    Side by side, because what a process keeps at rest grows a little with all that it has run.
+    Each beside one of inference, because what a process keeps at rest grows a little with all that it has run.
     """
     with Counted() as counted:
         subject.run()
     weights, others = split(counted.calls, bench.dtype, bench.engine.num_ranks)
     peaks: dict[str, list[int]] = {"inference_peak_bytes": [], "peak_bytes": []}
-    for _ in range(3):
+    for _ in range(1 if subject.published else 3):
         for key, job in zip(peaks, (lambda: bench.forward(bench.stacked), subject.run), strict=True):
             peaks[key].append(memory.peak_bytes(job, bench.device) - bench.before)
     return {key: max(of_key) for key, of_key in peaks.items()} | {
