@@ -145,9 +145,9 @@ def main() -> None:
 
 
 def costs(bench: Bench, subject: Subject) -> dict[str, float]:
-    """What a step moves and needs: counted in one step, and the peak of three (one of MeZO as published).
+    """What a step moves and needs: counted in one step, and the peak of three (MeZO as published: of one).
 
-    Each beside one of inference, because what a process keeps at rest grows a little with all that it has run.
+    Beside one of inference each: what a process keeps at rest grows a little with all that it has run.
     """
     with Counted() as counted:
         subject.run()
