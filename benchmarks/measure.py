@@ -20,12 +20,12 @@ from torch import nn
 
 from benchmarks import memory, subjects
 from benchmarks.published import PublishedMeZO
-from benchmarks.traffic import Counted, split
 from zo_dist import AdaLeZO, Dense, Flipout, LowRank, Uniform, ZeroOrder
 from zo_dist.engines import initialize_process_group, leave_process_group, read_ds_config, select
 from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2, zero3_engine
 from zo_dist.noise import GROUP
 from zo_dist.params import evaluating
+from zo_dist.planning.collectives import Counted, split
 from zo_dist.samplers import Sampler
 from zo_dist.structure import Structure
 from zo_dist.tasks import choice_loss

@@ -68,7 +68,7 @@ def test_memory_by_hand() -> None:
     of_layer = 2 * hidden * hidden + 2 * kv * hidden + 3 * inner * hidden + 2 * hidden
     of_rest = vocabulary * hidden + hidden
     whole = layers * of_layer + of_rest
-    plan = small(directions=2)
+    plan = small(directions=2, rows=64)
     assert plan.facts["parameters"] == whole
     assert plan.facts["tied"]
     memory = mode_of(plan, "fsdp2", "module").memory
@@ -78,10 +78,15 @@ def test_memory_by_hand() -> None:
     assert memory.weights == whole + buffers
     # The rest, one layer whole, and the buffer that it came in.
     assert memory.gathered == 2 * (of_rest + 2 * of_layer)
-    # The larger product's weight, for both sides of a direction.
-    assert memory.scratch == 2 * 2 * inner * hidden
-    # 8 rows of 64 tokens on both sides: gate and up, what is made of them, one input, and what it began with.
-    tokens = 2 * 8 * 64
+    # With fewer rows most is needed where a layer is copied out of its buffer, beside the last one's.
+    few = mode_of(small(directions=2), "fsdp2", "module").memory
+    assert few is not None
+    assert few.gathered == 2 * (of_rest + 3 * of_layer)
+    # The larger product's weight, for both sides of a direction; of many tokens the embedding's stays.
+    assert few.scratch == 2 * 2 * inner * hidden
+    assert memory.scratch == 2 * 2 * vocabulary * hidden
+    # 32 rows of 64 tokens on both sides: gate and up, what is made of them, an input, and what it began with.
+    tokens = 2 * 32 * 64
     least, most = 2 * tokens * (3 * inner + hidden), 2 * tokens * (4 * inner + 4 * hidden)
     assert least < memory.activations < most
     assert memory.state == memory.lost == memory.snapshot == 0

@@ -128,8 +128,9 @@ class Scratch:
         return buffer[:size].view(like.dtype)
 
     def holds(self, tensor: Tensor) -> bool:
-        held = {buffer.untyped_storage().data_ptr() for buffer in self._buffers}
-        return tensor.untyped_storage().data_ptr() in held
+        # Not by address: memory without values has none.
+        held = {buffer.untyped_storage()._cdata for buffer in self._buffers}
+        return tensor.untyped_storage()._cdata in held
 
 
 def is_own(kind: type[nn.Module], forward: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> bool:

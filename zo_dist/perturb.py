@@ -82,7 +82,8 @@ class ModulePerturbation:
             with self._prefix.rows(pieces):
                 yield
         finally:
-            self._live = ()
+            # The head's scratch, made last, would be beside the next forward's layers.
+            self._live, self._scratch = (), Scratch()
         drawn = frozenset().union(*(probe.drawn for probe, _ in live))
         for param in {p.name: p for owned in self._owned.values() for _, p in owned}.values():
             if param.name in drawn and not any(owner.module in self._ran for owner in param.owners):

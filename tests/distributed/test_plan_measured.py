@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from workers import Pool, deepspeed_engine, freed_at_once, needs_deepspeed
 
 from benchmarks import memory
-from benchmarks.traffic import Counted, split
 from zo_dist.engines import DsConfig, read_ds_config
+from zo_dist.planning.collectives import Counted, split
+from zo_dist.planning.dry_run import dry_run
 from zo_dist.planning.hardware import parse_cluster
 from zo_dist.planning.plan import make_plan
 from zo_dist.tasks import choice_loss
@@ -155,6 +156,10 @@ def test_bytes_and_collectives_are_those_of_a_real_step(
             "lost": kept.lost,
             "weights": kept.weights - sum(b.nbytes for b in model.buffers()),
         }, kind
+        if kept_by == "fsdp2":
+            place = num_ranks, LENGTH, LENGTH - 1
+            (without_values,) = dry_run(config, model.config, [planned], *place)
+            assert without_values.traffic.items() <= measured.items()
 
 
 # Of the larger model, on each rank.

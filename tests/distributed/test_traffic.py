@@ -11,7 +11,7 @@ import torch
 from models import build, loss_of, rows_for
 from workers import Pool, needs_deepspeed, wrap
 
-from benchmarks.traffic import Counted, split
+from zo_dist.planning.collectives import Counted, split
 
 
 def one_step(engine: str, kind: str, directions: int, mode: str) -> dict[str, Any]:

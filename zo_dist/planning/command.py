@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a row whose logits are needed; default 1",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run a step of each planned mode without values, and compare what it does with the plan",
+    )
     parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     parser.add_argument(
         "--write", metavar="FILE", help="write the recommended config there, for zo-dist train"
@@ -71,9 +76,10 @@ def run_plan(args: argparse.Namespace) -> None:
     """Print the plan, and write a config if asked to. ValueError for a mistake in what was asked."""
     from rich.console import Console
 
+    from zo_dist.planning.dry_run import Stepped, dry_run
     from zo_dist.planning.plan import make_plan
     from zo_dist.planning.shapes import read_shape
-    from zo_dist.planning.show import show
+    from zo_dist.planning.show import show, show_stepped
     from zo_dist.planning.write import write_config
 
     if args.model is not None and re.match(r"\w+\.\w[\w.]*=", args.model):
@@ -104,10 +110,18 @@ def run_plan(args: argparse.Namespace) -> None:
             perturb=config.optimizer.perturb if "optimizer.perturb" in given else None,
             ds=ds,
         )
+    console = Console(width=None if Console().is_terminal else 160)
+    stepped: list[Stepped] = []
+    if not args.json:
+        show(plan, console)
+    if args.dry_run:
+        with _quietly():
+            stepped += dry_run(config, shape, plan.modes, cluster.count, length, args.answer)
+        if not args.json:
+            show_stepped(stepped, console)
     if args.json:
-        print(json.dumps(plan.as_dict(), indent=2), flush=True)
-    else:
-        show(plan, Console(width=None if Console().is_terminal else 160))
+        of_steps = {"dry_run": [each.as_dict() for each in stepped]} if args.dry_run else {}
+        print(json.dumps(plan.as_dict() | of_steps, indent=2), flush=True)
     if args.write is not None:
         if plan.recommended is None:
             raise ValueError(f"nothing fits, so there is no config to write to {args.write}")
@@ -115,6 +129,9 @@ def run_plan(args: argparse.Namespace) -> None:
         written = write_config(plan, plan.recommended, Path(args.write), ds_path, command)
         if not args.json:
             print(f"written: {', '.join(map(str, written))}", flush=True)
+    differing = [each.planned.name for each in stepped if each.differing]
+    if differing:
+        raise ValueError(f"the dry run of {', '.join(differing)} did not do what was planned: see its rows")
 
 
 @contextmanager

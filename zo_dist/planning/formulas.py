@@ -100,9 +100,16 @@ class Memory:
     host: int
 
     @property
+    def kept(self) -> int:
+        return self.weights + self.state + self.lost
+
+    @property
+    def forward(self) -> int:
+        return self.snapshot + self.gathered + self.scratch + self.activations + self.logits
+
+    @property
     def total(self) -> int:
-        forward = self.snapshot + self.gathered + self.scratch + self.activations + self.logits
-        return self.weights + self.state + self.lost + max(forward, self.update)
+        return self.kept + max(self.forward, self.update)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,7 +287,8 @@ def _update_peak(optimizer: ZeroOrder, spans: list[Span]) -> int:
     """What the write of the largest span needs beside it: the real code on the meta device."""
     span = max(spans, key=lambda s: s.flat.numel())
     param = next(p for p in optimizer.params if p.name == span.name)
-    tracer = Tracer([span.flat], None)
+    kept = [t for of in (*optimizer.rule.kept.values(), optimizer.rounding.lost) for t in of.values()]
+    tracer = Tracer([span.flat, *kept, *optimizer.curvature.kept.values()], None)
     without_values(optimizer.noise, tracer)
     parts = optimizer.rule, optimizer.rounding, optimizer.noise
     write = Write(*parts, step=0, lr=1.0, curvature=optimizer.curvature)

@@ -300,8 +300,8 @@ def _done(evaluate: Any, probes: StepProbes, batch: Any, row_loss: Any) -> Tenso
 
 def _traced(optimizer: ZeroOrder, rows: Rows, run: Any) -> Traced:
     module = optimizer.engine.module
-    batch, loss = _batch(rows)
-    outside = [*module.parameters(), *module.buffers(), *batch.values()]
+    batch, loss = batch_of(rows, torch.device("meta"))
+    outside = [*module.parameters(), *module.buffers(), *batch.values(), *optimizer.curvature.kept.values()]
     vocabulary = getattr(getattr(module, "config", None), "vocab_size", None)
     tracer = Tracer(outside, vocabulary)
     without_values(optimizer.noise, tracer)
@@ -324,9 +324,11 @@ def _traced(optimizer: ZeroOrder, rows: Rows, run: Any) -> Traced:
     return tracer.traced
 
 
-def _batch(rows: Rows) -> tuple[dict[str, Tensor], Any]:
+def batch_of(rows: Rows, device: torch.device) -> tuple[dict[str, Tensor], Any]:
+    """Rows of one sequence each, and the loss of a task whose rows they could be."""
+
     def integers(*shape: int) -> Tensor:
-        return torch.zeros(rows.count, *shape, dtype=torch.int64, device="meta")
+        return torch.zeros(rows.count, *shape, dtype=torch.int64, device=device)
 
     ids = {"input_ids": integers(rows.length), "attention_mask": integers(rows.length)}
     if rows.answer == 1:

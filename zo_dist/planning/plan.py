@@ -176,8 +176,10 @@ class _Subject:
 
     def __init__(self, config: Config, shape: PretrainedConfig, count: int, length: int, answer: int) -> None:
         self._config, self._count = config, count
-        self.module = _on_meta(config, shape)
-        self._optimizers = {way: _optimizer(config, self.module, way) for way in _WAYS}
+        # In the dtype that it computes in; shards may have another (`Mode.stored`).
+        computed = config.engine.torch_compute_dtype or config.model.torch_dtype
+        self.module = unfilled(config, shape, computed)
+        self._optimizers = {way: optimizer_of(config, self.module, way) for way in _WAYS}
         self.optimizer = self._optimizers["module"]
         self._dense = isinstance(self.optimizer.sampler, Dense)
         self.drawn: Drawn = formulas.drawn_of(self.optimizer)
@@ -271,9 +273,8 @@ class _Subject:
         }
 
 
-def _on_meta(config: Config, shape: PretrainedConfig) -> nn.Module:
-    """The model in the dtype that it computes in; shards may have another (`Mode.stored`)."""
-    dtype = config.engine.torch_compute_dtype or config.model.torch_dtype
+def unfilled(config: Config, shape: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The model on the meta device."""
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             shape, dtype=dtype, trust_remote_code=config.model.trust_remote_code
@@ -282,7 +283,7 @@ def _on_meta(config: Config, shape: PretrainedConfig) -> nn.Module:
     return model.eval()
 
 
-def _optimizer(config: Config, module: nn.Module, way: Perturb) -> ZeroOrder:
+def optimizer_of(config: Config, module: nn.Module, way: Perturb) -> ZeroOrder:
     """`train.build_optimizer` for a model without values, which a mask and the start-up check would read."""
     from zo_dist.train import build_optimizer
 

@@ -93,8 +93,8 @@ def fsdp2_gathers(
     """`shard_with_fsdp2`: a group for each layer and one for the rest; `itemsize`: of what is gathered.
 
     A group is gathered into one flat buffer and copied out of it; the buffer lasts until the next group's
-    copy begins. The rest stays gathered for the whole forward. `staged`: shards are cast, or copied from the
-    CPU, before they are sent.
+    copy is done (`wait_for_unshard` lets go of it before, but for a variable of its own). The rest stays
+    gathered for the whole forward. `staged`: shards are cast, or copied from the CPU, before they are sent.
     """
     groups = _fsdp2_groups(module, ranks)
     gathers, unsharded, buffer = Gathers(), 0, 0
@@ -105,8 +105,9 @@ def fsdp2_gathers(
         if shards and border.enters:
             if ranks > 1:
                 gathers.call(shards, ranks)
+                # No more than what it is copied to, which comes later.
                 staging = sum(shards) * itemsize if staged else 0
-                gathers.at(unsharded + buffer + size + staging, border.at)
+                gathers.at(unsharded + buffer + size + max(size, staging), border.at)
                 buffer = size
             unsharded += size
         elif shards:

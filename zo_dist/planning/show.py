@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
+from zo_dist.planning.dry_run import TOLERANCE, Stepped
 from zo_dist.planning.plan import Plan, Planned
 
 _NUMBERS = ("weights", "gathered", "scratch", "activations", "logits", "kept", "total")
@@ -60,6 +63,31 @@ def show(plan: Plan, console: Console) -> None:
         )
     else:
         console.print(f"[bold]Recommended: {chosen.name}, perturb: {chosen.mode.perturb}[/bold]")
+
+
+def show_stepped(stepped: Sequence[Stepped], console: Console) -> None:
+    """Print what each mode's dry run did, beside what was planned."""
+    table = Table(title="Dry run: a step of the code itself, without values, as rank 0", title_justify="left")
+    table.add_column("mode")
+    table.add_column("perturb")
+    for name in ("gathers", "elements gathered", "of its own", "exchanges", "scalar bytes", "GiB", "planned"):
+        table.add_column(name, justify="right")
+    table.add_column("as planned")
+    table.add_column("took", justify="right")
+    for each in stepped:
+        wrong = ", ".join(f"{k}: planned {planned:,}" for k, (_, planned) in each.differing.items())
+        table.add_row(
+            each.planned.name,
+            each.planned.mode.perturb,
+            *(f"{number:,}" for number in each.traffic.values()),
+            *(f"{size / 2**30:.2f}" for size in (each.bytes, each.planned_bytes)),
+            wrong or "yes",
+            f"{each.seconds:.0f} s",
+        )
+    console.print(table)
+    console.print(
+        f"as planned: traffic exactly, GiB of forwards within {TOLERANCE:.0%}. Not run: ZeRO-3, CPU offload"
+    )
 
 
 def _cells(planned: Planned) -> list[str]:

@@ -1,0 +1,238 @@
+"""A step of the real code without values, as one of up to thousands of ranks: what plan computes, counted.
+
+The engine, FSDP2 and `ZeroOrder.step_batch` run as they do in training. Weights are fake tensors, which have
+a shape and a storage that occupies nothing; collectives go to torch's fake process group, where this process
+is rank 0 and no other exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import PretrainedConfig
+
+from zo_dist import parts
+from zo_dist.batches import rows_of_rank
+from zo_dist.config import Config
+from zo_dist.engines import Engine
+from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2
+from zo_dist.methods import DenseConfig
+from zo_dist.optimizer import ZeroOrder
+from zo_dist.params import frozen_params
+from zo_dist.planning.collectives import Counted, split
+from zo_dist.planning.formulas import Mode
+from zo_dist.planning.meta import Rows, Tracer, batch_of, without_values
+from zo_dist.planning.plan import Planned, optimizer_of, unfilled
+
+# Of memory, beside what is planned.
+TOLERANCE = 0.1
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stepped:
+    """What one step of a mode did on rank 0, beside what was planned of it.
+
+    `traffic`: by the names of `formulas.Traffic`. `bytes`: of weights, state and what kahan keeps, and the
+    most that there was besides at one time of a forward. (A write goes in pieces, which are smaller on a CPU
+    than those that are planned.) `seconds`: what the dry run took.
+    """
+
+    planned: Planned
+    traffic: Mapping[str, int]
+    bytes: int
+    seconds: float
+
+    @property
+    def differing(self) -> dict[str, tuple[int, int]]:
+        """`{name: (counted, planned)}` of what is not as planned: traffic exactly, memory by `TOLERANCE`."""
+        assert self.planned.traffic is not None
+        planned = {name: getattr(self.planned.traffic, name) for name in self.traffic}
+        differing = {k: (self.traffic[k], planned[k]) for k in planned if self.traffic[k] != planned[k]}
+        if abs(self.bytes - self.planned_bytes) > TOLERANCE * self.planned_bytes:
+            differing["bytes"] = self.bytes, self.planned_bytes
+        return differing
+
+    @property
+    def planned_bytes(self) -> int:
+        assert self.planned.memory is not None
+        return self.planned.memory.kept + self.planned.memory.forward
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.planned.name,
+            "perturb": self.planned.mode.perturb,
+            "traffic": dict(self.traffic),
+            "bytes": self.bytes,
+            "differing": self.differing,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def dry_run(
+    config: Config, shape: PretrainedConfig, planned: Sequence[Planned], count: int, length: int, answer: int
+) -> Iterator[Stepped]:
+    """One step of each mode that was planned, as one of `count` ranks; with every arm drawn in `module` mode.
+
+    Of replicated weights and FSDP2 (1-D and HSDP) on the GPU: DeepSpeed wants weights that are there, and
+    FSDP2's copies from the host are made where there is a GPU alone; these modes are passed over. ValueError
+    where a process group exists, where ranks would have different numbers of rows (there is but one rank to
+    count them), and for a learned scale, which is a function of the weights' values. Cost: some 2 ms for each
+    module that the step runs.
+    """
+    if dist.is_initialized():
+        raise ValueError("--dry-run stands for all ranks by itself: start it without torchrun or deepspeed")
+    if config.train.rows % count:
+        raise ValueError(
+            f"train.rows is {config.train.rows}: --dry-run has one rank stand for all {count}, so they must "
+            f"have equally many rows (train.rows={-(-config.train.rows // count) * count})"
+        )
+    if config.optimizer.scale.name == "learned":
+        raise ValueError("optimizer.scale is learned: it follows the weights' values, which --dry-run lacks")
+    runs = [p for p in planned if p.memory and p.mode.engine != "zero3" and not p.mode.offload]
+    if not runs:
+        raise ValueError("--dry-run has nothing to run: it runs replicated weights and FSDP2, not offloaded")
+    for each in runs:
+        with _fake_ranks(count):
+            yield _stepped(config, shape, each, count, length, answer)
+
+
+def _stepped(
+    config: Config, shape: PretrainedConfig, planned: Planned, count: int, length: int, answer: int
+) -> Stepped:
+    start = time.perf_counter()
+    mode, fake = planned.mode, FakeTensorMode(allow_non_fake_inputs=True)
+    model = _model(config, shape, mode, count, fake)
+    if mode.perturb == "module":
+        # The forward that a plan's memory is of.
+        settings = dataclasses.replace(config.optimizer, sampler=DenseConfig())
+        config = dataclasses.replace(config, optimizer=settings)
+    optimizer = optimizer_of(config, model, mode.perturb)
+    first, last = rows_of_rank(0, count, config.train.rows)
+    micro = config.train.micro_rows or last - first
+    with fake:
+        batch, loss = batch_of(Rows(last - first, length, answer, first, config.train.rows), _CPU)
+    batches = [{k: t[at : at + micro] for k, t in batch.items()} for at in range(first, last, micro)]
+    held = _held(optimizer)
+    peak = Peak([*held, *batch.values()], shape.get_text_config().vocab_size)
+    without_values(optimizer.noise, peak)
+    # With an anchor, a step after the anchor's own.
+    steps = 2 if optimizer.anchor.every else 1
+
+    def row_loss(model: nn.Module, some: Mapping[str, Tensor]) -> Tensor:
+        with peak.watched(), fake:
+            out = loss(model, some)
+        # Real numbers, which differ, so that no coefficient is 0.
+        return torch.arange(1.0, 1.0 + len(out[0] if isinstance(out, tuple) else out))
+
+    with Counted() as counted, torch.no_grad(), peak:
+        for _ in range(steps):
+            counted.calls.clear()
+            peak.bytes = 0
+            optimizer.step_batch(batches, row_loss)
+    dtype = config.engine.torch_compute_dtype or config.model.torch_dtype
+    weights, others = split(counted.calls, dtype, mode.ranks if mode.engine != "replicated" else 1)
+    return Stepped(
+        planned=planned,
+        traffic={
+            "gathers": len(weights),
+            "elements": sum(call[1] for call in weights),
+            "put_in": sum(call[2] for call in weights) // dtype.itemsize,
+            "exchanges": len(others),
+            "scalars": sum(call[2] for call in others),
+        },
+        bytes=sum(t.numel() * t.element_size() for t in held) + peak.bytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _model(
+    config: Config, shape: PretrainedConfig, mode: Mode, count: int, fake: FakeTensorMode
+) -> nn.Module:
+    model = unfilled(config, shape, config.model.torch_dtype)
+    # It asks the group for its ranks by real numbers.
+    mesh = None if mode.engine == "replicated" else fsdp2_mesh(_CPU, mode.ranks)
+    with fake:
+        model = model.to_empty(device=_CPU)
+        # Emptied one by one.
+        model.tie_weights()  # type: ignore[operator]
+        if mesh is None:
+            return model
+        return shard_with_fsdp2(model, mesh, compute_dtype=config.engine.torch_compute_dtype)
+
+
+def _held(optimizer: ZeroOrder) -> list[Tensor]:
+    """What this rank holds between steps."""
+    engine = optimizer.engine
+    params = [*optimizer.params, *frozen_params(engine.module, engine.shape_of)]
+    held = [*(span.flat for span in engine.spans(params)), *engine.module.buffers()]
+    held += [t for kept in optimizer.rule.kept.values() for t in kept.values()]
+    held += [*optimizer.curvature.kept.values(), *optimizer.anchor.weights.values()]
+    return [*held, *optimizer.rounding.lost.values()]
+
+
+class Peak(Tracer):  # type: ignore[no-untyped-call]
+    """The most bytes that storages made inside had while it was `watched`: `bytes`. `outside` do not count.
+
+    FSDP2 empties and fills the storages that it gathers into, so sizes are asked for again at each operator.
+    """
+
+    def __init__(self, outside: Sequence[Tensor], vocabulary: int | None) -> None:
+        super().__init__(outside, vocabulary)
+        self._inside: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.bytes, self._watching = 0, False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        self._watching = True
+        try:
+            yield
+        finally:
+            self._watching = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if self._watching:
+            alive = [storage() for storage in self._inside.values()]
+            self.bytes = max(self.bytes, sum(s.nbytes() for s in alive if s is not None))
+        return out
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if isinstance(tensor, FakeTensor) and storage._cdata not in self._storages:
+            self._inside[storage._cdata] = weakref.ref(storage)
+        super()._follow(tensor)
+
+    def _freed(self, key: int) -> None:
+        super()._freed(key)
+        self._inside.pop(key, None)
+
+
+@contextmanager
+def _fake_ranks(count: int) -> Iterator[None]:
+    """Inside, this process is rank 0 of `count`; what it gathers is its own part, from each."""
+    from torch.distributed._tools import fake_collectives  # noqa: F401  (collectives of fake tensors)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    compare, part = Engine.compare_copies, parts._PART
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)  # type: ignore[no-untyped-call,unused-ignore]
+    # Weights without values have copies without values.
+    Engine.compare_copies = lambda self, pieces, holders: None  # type: ignore[method-assign]
+    # It stands for GPUs, on which linear layers are shifted in larger pieces.
+    parts._PART = parts._GPU_PART
+    try:
+        yield
+    finally:
+        Engine.compare_copies, parts._PART = compare, part  # type: ignore[method-assign]
+        dist.destroy_process_group()
