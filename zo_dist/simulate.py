@@ -253,7 +253,8 @@ def _require_fit(optimizer: ZeroOrder) -> None:
         if type(part) not in fit:
             raise ValueError(
                 f"{name} is {type(part).__name__}, which needs what a worker that is behind, or a server "
-                f"that has not heard of all directions, does not have; use {' or '.join(k.__name__ for k in fit)}"
+                "that has not heard of all directions, does not have; use "
+                + " or ".join(kind.__name__ for kind in fit)
             )
     refused = {
         "anchor": (optimizer.anchor.every > 0, "leave it out"),
