@@ -11,7 +11,7 @@ from zo_dist.anchor import Anchored
 from zo_dist.curvature import Curvature
 from zo_dist.estimators import Estimator
 from zo_dist.noise import Noise
-from zo_dist.params import Param
+from zo_dist.params import Arm, Param
 from zo_dist.part import Part
 from zo_dist.rounding import Rounding16
 from zo_dist.rules import Rule
@@ -21,6 +21,7 @@ class Stateful(torch.optim.Optimizer):
     """The base of `ZeroOrder`, which gives its attributes their values."""
 
     params: list[Param]
+    arms: list[Arm]
     noise: Noise
     estimator: Estimator
     rule: Rule
@@ -47,6 +48,7 @@ class Stateful(torch.optim.Optimizer):
         settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
         for name, part in {"estimator": self.estimator, **self.parts}.items():
             settings[name] = [type(part).__name__, part.options]
+        settings["arms"] = [arm.name for arm in self.arms]
         settings["parameters"] = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in self.params]
         return settings
 
