@@ -158,6 +158,13 @@ def test_a_pattern_that_finds_nothing_or_is_none_is_refused(pattern: str, messag
         zo_dist.ZeroOrder(build("llama"), arms=pattern)
 
 
+def test_a_state_of_other_arms_is_refused() -> None:
+    saved = zo_dist.ZeroOrder(build("llama")).state_dict()
+    finer = zo_dist.ZeroOrder(build("llama"), arms=r"[^.]+$")
+    with pytest.raises(ValueError, match=f"of 4 arms, this optimizer has {len(finer.params)}"):
+        finer.load_state_dict(saved)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

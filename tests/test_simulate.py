@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ WORKERS = 6
 BAD: dict[str, Any] = {"lost": 0.3, "missed": 0.4, "tail": 1.5, "lag": 1, "churn": 0.1}
 
 
-def optimizer_of(kind: str = "llama", workers: int = WORKERS, **options: Any) -> zo_dist.ZeroOrder:
-    options = {"lr": 1e-2, "eps": 1e-2, "directions": workers, "self_check": False, **options}
-    return zo_dist.ZeroOrder(models.build(kind), **options)
+def optimizer_of(dtype: str = "float32", **options: Any) -> zo_dist.ZeroOrder:
+    options = {"lr": 1e-2, "eps": 1e-2, "directions": WORKERS, "self_check": False, **options}
+    return zo_dist.ZeroOrder(models.build("llama", table.dtype_of(dtype)), **options)
 
 
 def weights_of(optimizer: zo_dist.ZeroOrder) -> Tensor:
@@ -66,8 +67,18 @@ def test_workers_that_do_not_fit_one_forward_change_nothing(monkeypatch: pytest.
     assert torch.equal(weights_of(simulated(Network(**BAD), 4)[0]), together)
 
 
-def test_a_late_joiner_that_replays_the_log_has_the_same_bits(tmp_path: Path) -> None:
-    optimizer = optimizer_of(rule=zo_dist.Momentum(0.9))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optimizer_of(rule=zo_dist.Momentum(0.9)),
+        lambda: optimizer_of("bfloat16", structure=zo_dist.LowRank(rank=2), rounding="kahan"),
+        lambda: optimizer_of(mask=zo_dist.SmallWeights(share=0.5), coefficients=zo_dist.SignOnly()),
+    ],
+)
+def test_a_late_joiner_that_replays_the_log_has_the_same_bits(
+    tmp_path: Path, make: Callable[[], zo_dist.ZeroOrder]
+) -> None:
+    optimizer = make()
     simulation = Simulation(optimizer, Network(**BAD))
     passed = []
     with zo_dist.TrajectoryWriter(tmp_path / "log.zo", identity(optimizer)) as log:
@@ -77,7 +88,7 @@ def test_a_late_joiner_that_replays_the_log_has_the_same_bits(tmp_path: Path) ->
             passed.append(weights_of(optimizer))
     assert len({tuple(w.tolist()) for w in passed}) == len(passed)
     for steps in (3, 6):
-        joiner = optimizer_of(rule=zo_dist.Momentum(0.9))
+        joiner = make()
         assert replay(joiner, tmp_path / "log.zo", steps=steps) == steps
         assert torch.equal(weights_of(joiner), passed[steps - 1])
 

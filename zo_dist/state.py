@@ -90,6 +90,12 @@ class Stateful(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up `state_dict`; ValueError if it is of other arms, shards, rule, rounding or anchor."""
+        arms = len(state_dict["scalars"]["writes"])
+        if arms != len(self.arms):
+            raise ValueError(
+                f"the saved state is of {arms} arms, this optimizer has {len(self.arms)}: give it the model and "
+                "the setting arms that it was saved with"
+            )
         saved = _tensors(state_dict["beside"])
         mine = _tensors(self.beside)
         if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in mine.items()}:
