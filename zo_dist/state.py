@@ -93,8 +93,8 @@ class Stateful(torch.optim.Optimizer):
         arms = len(state_dict["scalars"]["writes"])
         if arms != len(self.arms):
             raise ValueError(
-                f"the saved state is of {arms} arms, this optimizer has {len(self.arms)}: give it the model and "
-                "the setting arms that it was saved with"
+                f"the saved state is of {arms} arms, this optimizer has {len(self.arms)}: give it the model "
+                "and the setting arms that it was saved with"
             )
         saved = _tensors(state_dict["beside"])
         mine = _tensors(self.beside)
