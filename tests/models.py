@@ -53,7 +53,27 @@ _HF: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_tied": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 8}),
     "mixtral": ("Mixtral", {"num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 24},
+    ),
+    # A dense first layer, then an expert for all tokens beside those that are chosen; low-rank attention.
+    "deepseek": (
+        "DeepseekV3",
+        {"num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+        | {"moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+        | {
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    ),
 }
+# Their experts are one tensor for all experts of a layer.
+EXPERTS = ("mixtral", "qwen3_moe", "deepseek")
 KINDS = (*_HF, "opt", "gpt2", "sequential")
 
 

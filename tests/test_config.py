@@ -96,6 +96,12 @@ def test_a_structure_is_made_of_its_section(path: Path, section: str, made: obje
     assert optimizer.noise.kind == expected.kind
 
 
+def test_arms_are_those_of_the_expression(path: Path) -> None:
+    config = load_config(path, ["optimizer.arms=second"])
+    names = [arm.name for arm in build_optimizer(config, build("sequential")).arms]
+    assert names == ["0", "2", "2.second", "3", "4", "5"]
+
+
 def test_written_out_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
     config = load_config(path, ["optimizer.sampler={name: adalezo, clip: .inf}", "optimizer.lr=1e-7"])
     (tmp_path / "again.yaml").write_text(config.to_yaml())

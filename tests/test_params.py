@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
-from models import build
+from models import EXPERTS, build
 from test_reference import arms_of
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -20,15 +21,17 @@ LAYERS = {
     "llama_tied": ("model.layers.0", "model.layers.1"),
     "qwen3": ("model.layers.0", "model.layers.1"),
     "mixtral": ("model.layers.0", "model.layers.1"),
+    "qwen3_moe": ("model.layers.0", "model.layers.1"),
+    "deepseek": ("model.layers.0", "model.layers.1"),
     "opt": ("model.decoder.layers.0", "model.decoder.layers.1"),
     "gpt2": ("transformer.h.0", "transformer.h.1"),
     "sequential": ("0", "2", "3", "4", "5"),
 }
 
 
-def arms(model: nn.Module) -> list[Arm]:
+def arms(model: nn.Module, pattern: str | None = None) -> list[Arm]:
     module = unwrap(model)
-    return group_arms(module, trainable_params(module, lambda p: p.shape))
+    return group_arms(module, trainable_params(module, lambda p: p.shape), pattern)
 
 
 def names(model: nn.Module) -> list[str]:
@@ -116,6 +119,50 @@ def test_peft_models_train_their_adapters_layer_by_layer() -> None:
 def test_a_nearly_empty_arm_joins_its_neighbour() -> None:
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 1, bias=False), nn.Linear(1, 1, bias=False))
     assert [a.name for a in arms(model)] == ["0", "1+2"]
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_may_be_arms_of_their_own(kind: str) -> None:
+    """And the router another, small as it is; what remains of a layer stays together, and in its place."""
+    found = {arm.name: [p.name for p in arm.params] for arm in arms(build(kind), r"mlp\.(experts|gate)\b")}
+    layers = (1,) if kind == "deepseek" else (0, 1)
+    # deepseek has an embedding in front of a dense layer.
+    expected = ["embeddings", *(["model.layers.0"] if kind == "deepseek" else [])]
+    for i in layers:
+        layer = f"model.layers.{i}"
+        expected += [layer, f"{layer}.mlp.gate", f"{layer}.mlp.experts"]
+        experts = [f"{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+        assert found[f"{layer}.mlp.experts"] == experts
+        assert found[f"{layer}.mlp.gate"] == [f"{layer}.mlp.gate.weight"]
+        assert not any(".experts." in name or ".gate." in name for name in found[layer])
+    assert set(found) == {*expected, "rest"}
+    # Layers stay in order, each with its arms; some models have the router after the experts.
+    assert [name for name in found if "mlp" not in name] == [*(n for n in expected if "mlp" not in n), "rest"]
+    assert sorted(itertools.chain(*found.values())) == sorted(names(build(kind)))
+
+
+def test_a_pattern_may_name_modules_parameters_or_what_lies_in_several_layers() -> None:
+    model = build("llama")
+    modules = [arm.name for arm in arms(model, r"layers\.\d+\.[^.]+")]
+    assert modules[:3] == ["embeddings", "model.layers.0.self_attn", "model.layers.0.mlp"]
+    assert [arm.name for arm in arms(model, r"[^.]+$")] == names(model)
+    assert [arm.name for arm in arms(model, r"^model\.")] == ["model.", "rest"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("experts", "arms is 'experts'.*names look like model.layers"), ("(", "not a regular expression")],
+)
+def test_a_pattern_that_finds_nothing_or_is_none_is_refused(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        zo_dist.ZeroOrder(build("llama"), arms=pattern)
+
+
+def test_a_state_of_other_arms_is_refused() -> None:
+    saved = zo_dist.ZeroOrder(build("llama")).state_dict()
+    finer = zo_dist.ZeroOrder(build("llama"), arms=r"[^.]+$")
+    with pytest.raises(ValueError, match=f"of 4 arms, this optimizer has {len(finer.params)}"):
+        finer.load_state_dict(saved)
 
 
 @pytest.mark.parametrize(

@@ -394,6 +394,7 @@ def test_replay_stops_where_it_is_told(tmp_path: Path) -> None:
         ({"mask": "small"}, r"mask is \['Mask', {'share': 0.4}\] here, but was \['Mask', {'share': 1.0}\]"),
         ({"sampler": "uniform"}, "sampler is .*Uniform.* here"),
         ({"dtype": "bfloat16"}, "other names, shapes or dtypes"),
+        ({"arms": "weight$"}, "other layers, or the setting arms is another"),
     ],
 )
 def test_a_log_of_another_run_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -150,7 +150,7 @@ class OptimizerConfig:
     `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `structure`: of the noise of a matrix; null is
     none. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter. `curvature`: see
     `zo_dist.DiagonalCurvature`; null perturbs all weights alike. It goes with `three_sided`. `anchor`: see
-    `zo_dist.Anchor`; null has none.
+    `zo_dist.Anchor`; null has none. `arms`: a regular expression for arms finer than a layer; null has none.
     """
 
     lr: float
@@ -169,6 +169,7 @@ class OptimizerConfig:
     mask: SmallWeights | None = None
     curvature: DiagonalCurvature | None = None
     anchor: Anchor | None = None
+    arms: str | None = None
     rounding: Rounding = "stochastic"
     weight_decay: float = 0.0
     seed: int = 0

@@ -68,6 +68,7 @@ class ZeroOrder(Stateful):
     `estimator`, `coefficients`, `rule`: from losses to slopes, to what counts of them, to the move of the
     weights; `noise`, `structure`, `scale`, `curvature`, `mask`: the directions themselves; `anchor`: a point
     to compare with (docs/methods.md has them all). A `curvature` implies `ThreeSided`.
+    `arms`: a regular expression for arms finer than a layer (`params.group_arms`).
     `perturb`: `module` shifts a weight in a scratch copy while the module that owns it runs; `shard` shifts
     the local shards before a forward and restores their bytes after it (sides x directions forwards of
     their rows), for objectives and models that read weights outside the module that owns them.
@@ -99,6 +100,7 @@ class ZeroOrder(Stateful):
         mask: SmallWeights | None = None,
         curvature: DiagonalCurvature | None = None,
         anchor: Anchor | None = None,
+        arms: str | None = None,
         rounding: Rounding = "stochastic",
         seed: int = 0,
         max_skipped: int = 10,
@@ -117,7 +119,7 @@ class ZeroOrder(Stateful):
             if max_skipped < 0:
                 raise ValueError(f"max_skipped is {max_skipped}; it must be at least 0")
             self.params = trainable_params(self.engine.module, self.engine.shape_of)
-            self.arms: list[Arm] = group_arms(self.engine.module, self.params)
+            self.arms: list[Arm] = group_arms(self.engine.module, self.params, arms)
             # Emptied when the model turns out to run drawn weights before its layers.
             self.layers = [layer for _, layer in find_layers(self.engine.module)]
             # Names of parameters that run before the layers: a step that draws one shares no prefix.

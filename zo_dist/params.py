@@ -7,7 +7,8 @@ checkpointing) reaches noise, logs or checkpoints, so a run means the same under
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -180,13 +181,17 @@ def frozen_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
     return [param for params in found.values() for param in params]
 
 
-def group_arms(module: nn.Module, params: Sequence[Param]) -> list[Arm]:
+def group_arms(module: nn.Module, params: Sequence[Param], pattern: str | None = None) -> list[Arm]:
     """The arms: embeddings, each layer in order, the rest; near-empty ones joined to a neighbour.
 
     Layers are found by structure: the outermost `nn.ModuleList` (or `nn.Sequential`) objects whose
     children are repeated blocks, of one class in a list and of any class in a Sequential.
     Embeddings are the parameters of `nn.Embedding` modules outside the layers. An arm below 1% of
     the mean arm's size (the final norm of a model with a tied head) joins the arm before it.
+
+    `pattern`: a regular expression for finer arms. A parameter in whose name it is found is of the arm that
+    is called as the name is up to the end of what was found; what is not found stays where it was.
+    Those arms are joined to none. ValueError if it is no expression, or is found in no name.
     """
     layers = find_layers(module)
     layer_of = {id(m): name for name, layer in layers for m in layer.modules()}
@@ -201,8 +206,28 @@ def group_arms(module: nn.Module, params: Sequence[Param]) -> list[Arm]:
             groups["embeddings"].append(p)
         else:
             groups["rest"].append(p)
-    arms = [Arm(canonical_name(name), tuple(members)) for name, members in groups.items() if members]
-    return _join_near_empty(arms)
+    finer = {} if pattern is None else _matched(params, pattern)
+    named: dict[str, list[Param]] = {}
+    for name, members in groups.items():
+        for p in members:
+            named.setdefault(finer.get(p.name, canonical_name(name)), []).append(p)
+    arms = [Arm(name, tuple(members)) for name, members in named.items()]
+    return _join_near_empty(arms, alone=set(finer.values()))
+
+
+def _matched(params: Sequence[Param], pattern: str) -> dict[str, str]:
+    """The names of parameters in which the pattern is found, and what they are up to its end."""
+    try:
+        found = {p.name: re.search(pattern, p.name) for p in params}
+    except re.error as error:
+        raise ValueError(f"arms is {pattern!r}, not a regular expression: {error}") from error
+    matched = {name: name[: match.end()] for name, match in found.items() if match}
+    if not matched:
+        raise ValueError(
+            f"arms is {pattern!r}, which is found in the name of no trained parameter; names look like "
+            f"{params[len(params) // 2].name}"
+        )
+    return matched
 
 
 def find_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -221,11 +246,13 @@ def find_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(walk("", module))
 
 
-def _join_near_empty(arms: list[Arm]) -> list[Arm]:
+def _join_near_empty(arms: list[Arm], alone: Collection[str]) -> list[Arm]:
+    """`alone`: arms that stay as they are."""
     mean = sum(arm.numel for arm in arms) / len(arms)
     joined: list[Arm] = []
     for arm in arms:
-        if joined and (arm.numel < _NEAR_EMPTY * mean or joined[-1].numel < _NEAR_EMPTY * mean):
+        small = joined and min(arm.numel, joined[-1].numel) < _NEAR_EMPTY * mean
+        if small and arm.name not in alone and joined[-1].name not in alone:
             before = joined.pop()
             arm = Arm(f"{before.name}+{arm.name}", before.params + arm.params)
         joined.append(arm)

@@ -8,7 +8,9 @@ back from a snapshot after it; for objectives that read weights outside the modu
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -133,6 +135,8 @@ class ModulePerturbation:
             rows = [slice(a * takes_rows[0], b * takes_rows[0]) for a, b in itertools.pairwise(bounds)]
             return self._split_linear(owner, groups, others, rows, forward, args[0])
         merged = Merged(bounds, any(takes_rows), where)
+        bare = [m for m in owner.modules() if m is not owner and next(m.parameters(), None) is None]
+        unhooked = contextlib.ExitStack()
 
         def run(group: list[int], copies: Copies) -> None:
             ranges = [(bounds[i], bounds[i + 1]) for i in group]
@@ -140,6 +144,11 @@ class ModulePerturbation:
             piece_args, piece_kwargs = pytree.tree_unflatten(taken, spec)
             self._live = tuple(live[i] for i in group)
             merged.put(group, self._run(owner, live[group[0]][0], copies, forward, piece_args, piece_kwargs))
+            # ZeRO-3 gathers ahead when a module runs, and so has to see as many on every rank: an activation
+            # within the owner counts once, however many probes a rank has.
+            if bare:
+                unhooked.enter_context(_unhooked(bare.copy()))
+                bare.clear()
 
         try:
             for sides in groups:
@@ -150,6 +159,7 @@ class ModulePerturbation:
                 run(others, [])
         finally:
             self._live = live
+            unhooked.close()
         return merged.result()
 
     def _split_linear(
@@ -263,6 +273,19 @@ class ModulePerturbation:
     def _detached(self, out: Any) -> Any:
         """`out`, with any view of a scratch copy (a module may return its weight) made its own."""
         return pytree.tree_map_only(Tensor, lambda t: t.clone() if self._scratch.holds(t) else t, out)
+
+
+@contextmanager
+def _unhooked(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, these modules run without their hooks."""
+    kept = [(m, m._forward_pre_hooks, m._forward_hooks) for m in modules]
+    try:
+        for m in modules:
+            m._forward_pre_hooks, m._forward_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for m, before, after in kept:
+            m._forward_pre_hooks, m._forward_hooks = before, after
 
 
 class ShardPerturbation:

@@ -7,7 +7,7 @@ of a direction (+ and - for `TwoSided`) is one probe on these rows; the unshifte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -153,16 +153,24 @@ class StepProbes:
             first += rows
         padded = [*batches, *[batches[0]] * (num_forwards - len(batches))]
         shares += [[]] * (num_forwards - len(batches))
+        pieces = list(zip(padded, shares, strict=True))
+        if isinstance(self._perturbation, ModulePerturbation):
+            return self.stacked(pieces, row_loss)
+        for group in range(len(self._probes) // self._per_row):
+            for side, probe in self._of_group(group):
+                with self._shifted(probe, rows=0):
+                    for batch, share in pieces:
+                        self._one_probe(batch, share, group, side, probe, row_loss)
+        return self._total()
+
+    def stacked(self, pieces: Iterable[tuple[Batch, list[tuple[int, int]]]], row_loss: RowLoss) -> Tensor:
+        """Evaluate batches one after another, each with the `(group, rows)` that its rows are of in order.
+
+        Module mode alone. A piece is asked for when the one before it is done, so weights may change between.
+        """
         with self._installed():
-            if isinstance(self._perturbation, ModulePerturbation):
-                for batch, share in zip(padded, shares, strict=True):
-                    self._stacked(batch, share, row_loss)
-            else:
-                for group in range(len(self._probes) // self._per_row):
-                    for side, probe in self._of_group(group):
-                        with self._shifted(probe, rows=0):
-                            for batch, share in zip(padded, shares, strict=True):
-                                self._one_probe(batch, share, group, side, probe, row_loss)
+            for batch, share in pieces:
+                self._stacked(batch, share, row_loss)
         return self._total()
 
     def _of_group(self, group: int) -> list[tuple[int, Probe]]:
@@ -190,7 +198,7 @@ class StepProbes:
                 row_loss(self._engine.module, first_row(batch, 2))
             return
         with self._perturbation.probes(live, pieces):
-            sums = _per_row(row_loss(self._engine.module, _stack(batch, pieces)), pieces)
+            sums = _per_row(row_loss(self._engine.module, stack_rows(batch, pieces)), pieces)
         for place, part in zip(places, torch.split(sums, [rows for _, rows in live]), strict=True):
             place.append(part)
 
@@ -207,7 +215,7 @@ class StepProbes:
         for mine, rows in share:
             if mine == group:
                 piece = [(start, start + rows)]
-                sums = _per_row(row_loss(self._engine.module, _stack(batch, piece)), piece)
+                sums = _per_row(row_loss(self._engine.module, stack_rows(batch, piece)), piece)
                 self._seen[probe.direction][side].append(sums)
                 return
             start += rows
@@ -266,7 +274,7 @@ def _per_row(out: Tensor | tuple[Tensor, Tensor], pieces: list[tuple[int, int]])
     return torch.stack([losses.detach().double(), weights.detach().double()], dim=1).cpu()
 
 
-def _stack(batch: Batch, pieces: list[tuple[int, int]]) -> dict[str, Any]:
+def stack_rows(batch: Batch, pieces: list[tuple[int, int]]) -> dict[str, Any]:
     """The given row ranges of every batched tensor, and of every list of as many, one after another."""
     rows = num_rows(batch)
 
@@ -286,7 +294,7 @@ def first_row(batch: Batch, times: int) -> dict[str, Any]:
     Of ones, such as masks need, of "" in lists, and of 0 where a row has one whole number: its label.
     """
     if num_rows(batch):
-        return _stack(batch, [(0, 1)] * times)
+        return stack_rows(batch, [(0, 1)] * times)
 
     def filling(value: Any) -> Any:
         if isinstance(value, list) and not value:

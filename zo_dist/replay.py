@@ -79,7 +79,7 @@ def _require_same(mine: dict[str, Any], reader: TrajectoryReader) -> None:
         "frozen": "the frozen weights are not those that the run had: name its base model",
         "weights": "the weights are not those that the run started from: name its base model",
         "parameters": "the trained parameters have other names, shapes or dtypes",
-        "arms": "the model has other layers",
+        "arms": "the model has other layers, or the setting arms is another",
     }
     for key, value in mine.items():
         if header.get(key) != value:

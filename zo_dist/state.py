@@ -11,7 +11,7 @@ from zo_dist.anchor import Anchored
 from zo_dist.curvature import Curvature
 from zo_dist.estimators import Estimator
 from zo_dist.noise import Noise
-from zo_dist.params import Param
+from zo_dist.params import Arm, Param
 from zo_dist.part import Part
 from zo_dist.rounding import Rounding16
 from zo_dist.rules import Rule
@@ -21,6 +21,7 @@ class Stateful(torch.optim.Optimizer):
     """The base of `ZeroOrder`, which gives its attributes their values."""
 
     params: list[Param]
+    arms: list[Arm]
     noise: Noise
     estimator: Estimator
     rule: Rule
@@ -47,6 +48,7 @@ class Stateful(torch.optim.Optimizer):
         settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
         for name, part in {"estimator": self.estimator, **self.parts}.items():
             settings[name] = [type(part).__name__, part.options]
+        settings["arms"] = [arm.name for arm in self.arms]
         settings["parameters"] = [(p.name, tuple(p.shape), str(p.param.dtype)) for p in self.params]
         return settings
 
@@ -88,6 +90,12 @@ class Stateful(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up `state_dict`; ValueError if it is of other arms, shards, rule, rounding or anchor."""
+        arms = len(state_dict["scalars"]["writes"])
+        if arms != len(self.arms):
+            raise ValueError(
+                f"the saved state is of {arms} arms, this optimizer has {len(self.arms)}: give it the model "
+                "and the setting arms that it was saved with"
+            )
         saved = _tensors(state_dict["beside"])
         mine = _tensors(self.beside)
         if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in mine.items()}:

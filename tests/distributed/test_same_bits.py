@@ -10,7 +10,7 @@ import pytest
 import table
 import torch
 from injected import Injected, remembered_noise
-from models import build, cut, loss_of, rows_for
+from models import EXPERTS, build, cut, loss_of, rows_for
 from reference import Reference, weight_tolerance
 from workers import HAVE_DEEPSPEED, Pool, digest, needs_deepspeed, whole_weights, wrap
 
@@ -237,6 +237,39 @@ def test_given_losses_leave_the_same_bits_on_a_language_model(
     _skip_without_deepspeed(engine)
     combos = [*FEW[:3], FEW[4]]
     _expect_same(pool(2).run(runs_on_rank, engine, "llama", combos), "llama", combos)
+
+
+EXPERT_ARMS = r"mlp\.(experts|gate)\b"
+
+
+def arms_of_experts_on_rank(engine: str) -> list[str]:
+    """Digests of whole weights: of each kind, stacked directions, and one at a time on shards."""
+    runs: list[Combo] = [
+        (F32, (3, 1), "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all", "none"),
+        (BF16, (2, 1), "uniform", "shard", "gaussian", "two_sided", "raw", "momentum", "all", "none"),
+    ]
+    options = {"arms": EXPERT_ARMS, "self_check": False}
+    with remembered_noise():
+        weights = [
+            final_weights(engine, kind, run, given=True, **options) for kind in EXPERTS for run in runs
+        ]
+    return [digest(of_run) for of_run in weights]
+
+
+def check_experts_on_rank(engine: str) -> None:
+    """SelfCheckError if a router or the experts of a layer, arms of their own, do not move the loss."""
+    for kind in EXPERTS:
+        optimizer = table.optimizer(wrap(engine, build(kind)), arms=EXPERT_ARMS)
+        optimizer.prepare(rows_for(kind, 1), loss_of)
+
+
+@pytest.mark.parametrize("engine", table.MAIN_ENGINES)
+def test_given_losses_leave_the_same_bits_on_experts(pool: Callable[[int], Pool], engine: str) -> None:
+    _skip_without_deepspeed(engine)
+    (alone,) = pool(1).run(arms_of_experts_on_rank, "replicated")
+    assert len(set(alone)) == len(alone)
+    assert pool(2).run(arms_of_experts_on_rank, engine) == [alone, alone]
+    pool(2).run(check_experts_on_rank, engine)
 
 
 def test_the_bits_do_depend_on_what_they_should() -> None:
