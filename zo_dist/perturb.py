@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -264,6 +264,14 @@ class ModulePerturbation:
         return pytree.tree_map_only(Tensor, lambda t: t.clone() if self._scratch.holds(t) else t, out)
 
 
+class Copying(Protocol):
+    """What shifts weights: `Shifts`, or a `Projected`."""
+
+    def copies(
+        self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
+    ) -> None: ...
+
+
 class ShardPerturbation:
     """Shifts the local shards of one direction in place, and restores them from a snapshot.
 
@@ -271,7 +279,7 @@ class ShardPerturbation:
     that come back are those that were there. Every rank must hold the same direction at a time.
     """
 
-    def __init__(self, shifts: Shifts, publish: Callable[[], None]) -> None:
+    def __init__(self, shifts: Copying, publish: Callable[[], None]) -> None:
         self._shifts, self._publish = shifts, publish
 
     @contextmanager
