@@ -133,6 +133,19 @@ def test_states_by_hand(settings: str) -> None:
     assert memory.state + memory.lost == each * plan.facts["parameters"] // 2
 
 
+def test_starting_weights_may_be_the_hosts() -> None:
+    """Those of keys and values, of two ranks of one node; a search copies their shards."""
+    keys_and_values = 2 * 2 * 6 * 256 * 1024
+    plan = small(projection={"every": 10, "on_cpu": True})
+    for perturb in ("module", "shard"):
+        memory = mode_of(plan, "fsdp2", perturb).memory
+        assert memory is not None
+        assert memory.host == keys_and_values
+        assert memory.snapshot == (
+            keys_and_values // 2 if perturb == "module" else 2 * plan.facts["parameters"] // 2
+        )
+
+
 def test_momentum_of_one_side_is_small() -> None:
     options = {"structure": {"name": "low_rank", "rank": 2}, "noise": "gaussian"}
     plan = small(rule={"name": "momentum", "factored": True}, **options)

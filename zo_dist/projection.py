@@ -149,11 +149,12 @@ class Projected(Part):
                 f"(one is {params[-1].name}): name some of them, or give null for all"
             )
         names = {param.name for param in self.params}
-        for span in spans:
-            if span.name in names:
-                # What is planned has no values, nor memory.
-                here = span.flat.is_meta or self._place is None
-                self.weights[span.name] = span.flat.to(None if here else self._place, copy=True)
+        # Weights without values, of a plan, stay where they are.
+        self.weights = {
+            span.name: span.flat.to(None if span.flat.is_meta else self._place, copy=True)
+            for span in spans
+            if span.name in names
+        }
 
     def due(self, step: int) -> bool:
         """Is this a step of a search?"""
