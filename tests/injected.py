@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import resource
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from models import loss_of
 from torch import Tensor, nn
 
+import zo_dist
 from zo_dist import generator, laws, noise
 
 
@@ -23,8 +25,9 @@ class Injected:
     for follows from the contract: in module mode each micro-batch is one call in which a row comes with all
     sides of its first direction, the + first, then with those of the next; in shard mode, as in the
     reference, there is one call for each direction, side and micro-batch. An unshifted side is the same for
-    all directions of a row, and is called for but once, except by the reference. The numbers are multiples
-    of 2**-10, so sums of them are exact in any order.
+    all directions of a row, and is called for but once, except by the reference. A step of a `search` is
+    always one direction in shard mode. The numbers are multiples of 2**-10, so sums of them are exact in any
+    order.
     """
 
     def __init__(
@@ -35,8 +38,9 @@ class Injected:
         nan_at: Any = None,
         estimator: str = "two_sided",
         per_row: int = 1,
+        search: zo_dist.Projection | None = None,
     ) -> None:
-        self.mode, self.num_forwards, self.nan_at = mode, num_forwards, nan_at
+        self.mode, self.num_forwards, self.nan_at, self.search = mode, num_forwards, nan_at, search
         signs = table.ESTIMATORS[estimator].signs
         # Of a row, in order: which of its directions, and the side.
         self.order = [
@@ -45,19 +49,25 @@ class Injected:
             for side, sign in enumerate(signs)
             if sign or direction == 0 or mode == "reference"
         ]
-        groups = directions // per_row
-        self.calls_per_step = num_forwards * (1 if mode == "module" else groups * len(self.order))
-        self.calls = 0
+        self.groups = directions // per_row
+        self.turns = self._turns()
+
+    def _turns(self) -> Iterator[tuple[int, tuple[int, int] | None]]:
+        """Of each call the step, and, if it is for one side, of which direction of the row, and which."""
+        for step in itertools.count():
+            every, iterations = (self.search.every, self.search.iterations) if self.search else (1, 0)
+            searches = step % (every + iterations) >= every
+            sides = [(0, 0), (0, 1)] if searches else self.order * self.groups
+            for side in sides if searches or self.mode != "module" else [None]:
+                yield from [(step, side)] * self.num_forwards
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         loss_of(model, batch)
-        step, turn = self.calls // self.calls_per_step, self.calls // self.num_forwards % len(self.order)
-        self.calls += 1
+        step, side = next(self.turns)
         seen: dict[int, int] = {}
         losses = []
         for row in batch["row"].tolist():
-            place = self.order[seen.get(row, 0) if self.mode == "module" else turn]
-            losses.append(known_loss(step, row, *place))
+            losses.append(known_loss(step, row, *(side or self.order[seen.get(row, 0)])))
             seen[row] = seen.get(row, 0) + 1
             if self.nan_at == (step, row):
                 losses[-1] = float("nan")

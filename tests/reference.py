@@ -36,7 +36,7 @@ class Reference:
     `shape`: what becomes of an estimate and of slopes, by the names of `move` and `shaped`. `share`: how many
     of each matrix's weights, the smallest when this is made, are trained. With the estimator
     `three_sided` it is HiZOO, with `smoothing`, and has no anchor. `anchor`: every how many steps one is
-    dropped, with how many directions, and the ratio of learning rates.
+    dropped, with how many directions, and the ratio of learning rates. `projection`: of all parameters.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Reference:
         share: float = 1.0,
         smoothing: float = table.SMOOTHING,
         anchor: tuple[int, int, float] | None = None,
+        projection: zo_dist.Projection | None = None,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
         self._weights, self._shifted = (
@@ -91,6 +92,11 @@ class Reference:
         self.anchor, self.shape = anchor, "raw" if anchor else shape
         # Of the last anchor step: its number, the weights before its write, its coefficients.
         self.dropped: tuple[int, dict[str, Tensor], list[float]] | None = None
+        self.projection = projection
+        self.start = {name: weight.clone() for name, weight in self.weights().items()}
+        # DiZO's radii in the search at hand, steps of it, and the steps since the last.
+        self.radii: dict[str, float] = {}
+        self.searched, self.since = 0, 0
         self.highest = dict.fromkeys(self.weights(), math.inf)
         for name, weight in self.weights().items():
             if weight.ndim > 1 and share < 1.0:
@@ -319,8 +325,51 @@ class Reference:
             seen = [seen[i] + sum(side[i] for side in sides) for i in (0, 1)]
         return slopes, shares, curved, seen[0] / seen[1]
 
+    def toward(self, radii: Mapping[str, float]) -> dict[str, Tensor]:
+        """DiZO: the weights, in float32, at these distances from the start."""
+        points = {}
+        for name, weight in self.weights().items():
+            delta, length = weight.float() - self.start[name].float(), self.distance(name)
+            points[name] = weight.float() + delta * (radii[name] / length - 1.0 if length else 0.0)
+        return points
+
+    def distance(self, name: str) -> float:
+        return float((self.weights()[name].float() - self.start[name].float()).double().norm())
+
+    def search(self, search: zo_dist.Projection, batch: dict[str, Tensor], loss: RowLoss) -> float:
+        """A step of DiZO's, in radii, as the paper and its code have it."""
+        lengths = {name: self.distance(name) for name in self.weights()}
+        if not self.searched:
+            self.radii = dict(lengths)
+        shifts = {}
+        for name, length in lengths.items():
+            (u,) = self.noise.uniforms(f"{name}\0projection", self.step_number, 0, 1)
+            z = round(statistics.NormalDist().inv_cdf(u + 2.0**-54) * 4096) / 4096
+            most = search.clip * length / search.eps
+            shifts[name] = min(max(z, -most), most)
+        sides = []
+        for sign in (1.0, -1.0):
+            radii = {name: self.radii[name] + sign * search.eps * z for name, z in shifts.items()}
+            sides.append(self.loss_at(self.toward(radii), 0, {}, 0.0, batch, loss))
+        (high, weighs), (low, _) = sides
+        slope = (high / weighs - low / weighs) / (2.0 * search.eps)
+        for name, z in shifts.items():
+            length, radius = lengths[name], self.radii[name] - search.lr * lengths[name] * slope * z
+            self.radii[name] = min(max(radius, (1 - search.clip) * length), (1 + search.clip) * length)
+        self.searched += 1
+        if self.searched == search.iterations:
+            for name, point in self.toward(self.radii).items():
+                lost = self.lost[name].float() if self.rounding == "kahan" else 0.0
+                self.put(name, point + lost)
+            self.searched = self.since = 0
+        self.step_number += 1
+        return (high + low) / (2.0 * weighs)
+
     @torch.no_grad()
     def step(self, batch: dict[str, Tensor], loss: RowLoss) -> float:
+        if self.projection and self.since >= self.projection.every:
+            return self.search(self.projection, batch, loss)
+        self.since += 1
         every, anchor_directions, lr_ratio = self.anchor or (0, 0, 1.0)
         at_anchor = every and (self.dropped is None or self.step_number - self.dropped[0] >= every)
         if at_anchor:
@@ -386,7 +435,15 @@ class Reference:
             exact = exact + self.lost[name].float()
         if weight.ndim > 1 and self.weight_decay:
             exact = exact * (1.0 - self.lr * self.weight_decay)
-        exact = exact - move * self.lr
+        self.put(name, exact - move * self.lr)
+        weight[~trained] = before[~trained]
+        others = {"lost": self.lost[name], "curvature": self.curvature[name]}
+        for key, tensor in {**moments.tensors(), **others}.items():
+            tensor[~trained] = kept[key][~trained]
+
+    def put(self, name: str, exact: Tensor) -> None:
+        """Round `exact`, in float32, into a weight."""
+        weight = self.weights()[name]
         if weight.dtype == torch.float32 or self.rounding == "nearest":
             weight.copy_(exact)
         elif self.rounding == "kahan":
@@ -394,10 +451,6 @@ class Reference:
             self.lost[name].copy_(exact - weight.float())
         else:
             self.noise.round(weight.view(-1), exact.view(-1), name, self.step_number, 0)
-        weight[~trained] = before[~trained]
-        others = {"lost": self.lost[name], "curvature": self.curvature[name]}
-        for key, tensor in {**moments.tensors(), **others}.items():
-            tensor[~trained] = kept[key][~trained]
 
 
 class Moments:

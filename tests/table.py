@@ -1,4 +1,4 @@
-"""What there is: engines, samplers, estimators, coefficients, rules, laws, masks, anchors, roundings.
+"""What there is: engines, samplers, estimators, coefficients, rules, laws, masks, anchors and so on.
 
 Every property runs over these. A new method joins the tests by one more row here.
 """
@@ -83,6 +83,16 @@ NOISES: dict[str, dict[str, Any]] = {
 # What `mask` is, and the share that the reference trains.
 MASKS: dict[str, zo_dist.SmallWeights | None] = {"all": None, "small": zo_dist.SmallWeights(share=0.4)}
 ANCHORS: dict[str, zo_dist.Anchor | None] = {"none": None, "third": zo_dist.Anchor(every=3, lr_ratio=2.0)}
+PROJECTIONS: dict[str, zo_dist.Projection | None] = {
+    "none": None,
+    "third": zo_dist.Projection(every=3, iterations=2, lr=0.125, parameters=None),
+}
+# What steps there are besides the usual ones: options of `optimizer`.
+BESIDES: dict[str, dict[str, str]] = {
+    "none": {},
+    "anchor": {"anchor": "third"},
+    "search": {"projection": "third"},
+}
 LAWS = ("rademacher", "gaussian")
 MODES = ("module", "shard")
 DIRECTIONS = (1, 2, 3, 8)
@@ -161,7 +171,7 @@ def mode_of(engine: str, num_ranks: int, mode: str, estimator: str) -> str:
 
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
-    """A ZeroOrder whose sampler, estimator, coefficients, rule, mask and anchor are given by names here.
+    """A ZeroOrder whose sampler, estimator, coefficients, rule, mask, anchor and projection are by name.
 
     With `three_sided` it has a curvature, and no anchor.
     """
@@ -172,6 +182,8 @@ def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
     if isinstance(options.get("anchor", "none"), str):
         with_curvature = options.get("estimator") == "three_sided"
         options["anchor"] = ANCHORS["none" if with_curvature else options.get("anchor", "none")]
+    if isinstance(options.get("projection"), str):
+        options["projection"] = PROJECTIONS[options["projection"]]
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
     if isinstance(options.get("estimator", "two_sided"), str):
         options.update(estimating(options.get("estimator", "two_sided"), options.pop("smoothing", SMOOTHING)))

@@ -368,12 +368,12 @@ def resumed_on_rank(engine: str, snapshot: str, steps: int) -> str:
     load_snapshot(optimizer, snapshot)
     for _ in range(steps):
         rows = rows_for("sequential", 4, seed=optimizer.step_count, dtype=torch.bfloat16)
-        optimizer.step_batch(rows, _known)
+        optimizer.step_batch(rows, coarse_loss)
     return digest(whole_weights(optimizer))
 
 
-def _known(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Losses that tell the anchor's weights from others, in multiples of 2**-10, whose sums are exact."""
+def coarse_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Losses that tell some weights from others, in multiples of 2**-10, whose sums are exact."""
     out = loss_of(model, batch)
     assert isinstance(out, Tensor)
     return (out.detach().double() * 64).round() / 1024 + torch.arange(len(out)) / 8

@@ -287,6 +287,10 @@ def test_every_config_takes_steps(path: Path, tmp_path: Path) -> None:
         params = trainable_params(model, lambda p: p.shape)
         save_nets(tmp_path / "scale", new_nets(len(params), seed=0), params, 240, {})
         config = load_config(path, [f"optimizer.scale.path={tmp_path / 'scale'}"])
+    if config.optimizer.projection is not None:
+        # This model has other names. The third step is one of a search.
+        search = {"parameters": "null", "every": 2, "iterations": 1}
+        config = load_config(path, [f"optimizer.projection.{key}={value}" for key, value in search.items()])
     optimizer = build_optimizer(config, model)
     moves = 0
     for step in range(4):

@@ -122,6 +122,8 @@ STATES = {
     "amsgrad": ({"rule": {"name": "adam", "amsgrad": True}}, 12),
     "kahan": ({"rounding": "kahan"}, 2),
     "anchor": ({"anchor": {"every": 10}}, 2),
+    "projection": ({"projection": {"every": 10, "parameters": None}}, 2),
+    "projection_on_cpu": ({"projection": {"every": 10, "parameters": None, "on_cpu": True}}, 0),
     "curvature": ({"estimator": "three_sided", "curvature": {"smoothing": 0.1}, "perturb": "shard"}, 4),
 }
 
@@ -134,6 +136,19 @@ def test_states_by_hand(settings: str) -> None:
     memory = mode_of(plan, "fsdp2", "shard").memory
     assert memory is not None
     assert memory.state + memory.lost == each * plan.facts["parameters"] // 2
+
+
+def test_starting_weights_may_be_the_hosts() -> None:
+    """Those of keys and values, of two ranks of one node; a search copies their shards."""
+    keys_and_values = 2 * 2 * 6 * 256 * 1024
+    plan = small(projection={"every": 10, "on_cpu": True})
+    for perturb in ("module", "shard"):
+        memory = mode_of(plan, "fsdp2", perturb).memory
+        assert memory is not None
+        assert memory.host == keys_and_values
+        assert memory.snapshot == (
+            keys_and_values // 2 if perturb == "module" else 2 * plan.facts["parameters"] // 2
+        )
 
 
 def test_momentum_of_one_side_is_small() -> None:

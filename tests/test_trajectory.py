@@ -303,13 +303,13 @@ COMBINATIONS = table.all_pairs(
     tuple(table.NOISES),
     table.DIRECTIONS[:3],
     tuple(table.MASKS),
-    tuple(table.ANCHORS),
+    tuple(table.BESIDES),
 )
 
 
 @pytest.mark.parametrize("row", COMBINATIONS, ids=str)
 def test_replay_gives_the_weights_and_the_state_of_the_run(tmp_path: Path, row: tuple[Any, ...]) -> None:
-    (dtype, rounding), rule, coefficients, sampler, estimator, law, directions, mask, anchor = row
+    (dtype, rounding), rule, coefficients, sampler, estimator, law, directions, mask, besides = row
     estimator = table.estimator_for(sampler, estimator)
     options: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "sampler": sampler, "noise": law}
     options.update(
@@ -318,7 +318,7 @@ def test_replay_gives_the_weights_and_the_state_of_the_run(tmp_path: Path, row: 
         rule=rule,
         coefficients=coefficients,
         mask=mask,
-        anchor=anchor,
+        **table.BESIDES[besides],
     )
     # Momentum diverges at more, in 20 steps to what is no number.
     options["lr"] = 0.01

@@ -13,6 +13,7 @@ from zo_dist.lowrank import LowRank
 from zo_dist.mask import SmallWeights
 from zo_dist.objective import Objective
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
+from zo_dist.projection import Projection
 from zo_dist.rules import SGD, Adam, Momentum, Sign
 from zo_dist.samplers import AdaLeZO, Dense, Uniform
 from zo_dist.scale import LearnedScale, RunningScale
@@ -40,6 +41,7 @@ __all__ = [
     "NonFiniteLossError",
     "Objective",
     "OneSided",
+    "Projection",
     "Raw",
     "RootMeanSquare",
     "RunningScale",

@@ -31,6 +31,7 @@ from zo_dist.methods import (
 )
 from zo_dist.optimizer import Perturb
 from zo_dist.probes import require_groups
+from zo_dist.projection import Projected, Projection
 from zo_dist.rounding import Rounding
 from zo_dist.settings import apply_overrides, build, read_yaml
 from zo_dist.structure import noise_of
@@ -150,7 +151,8 @@ class OptimizerConfig:
     `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `structure`: of the noise of a matrix; null is
     none. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter. `curvature`: see
     `zo_dist.DiagonalCurvature`; null perturbs all weights alike. It goes with `three_sided`. `anchor`: see
-    `zo_dist.Anchor`; null has none. `arms`: a regular expression for arms finer than a layer; null has none.
+    `zo_dist.Anchor`; null has none. `projection`: see `zo_dist.Projection`; null never projects. `arms`: a
+    regular expression for arms finer than a layer; null has none.
     """
 
     lr: float
@@ -170,6 +172,7 @@ class OptimizerConfig:
     curvature: DiagonalCurvature | None = None
     anchor: Anchor | None = None
     arms: str | None = None
+    projection: Projection | None = None
     rounding: Rounding = "stochastic"
     weight_decay: float = 0.0
     seed: int = 0
@@ -194,7 +197,9 @@ class OptimizerConfig:
         coefficients.bind(self.directions)
         curvature = Curvature(self.curvature)
         curvature.require(self.build_estimator(), self.scale.build(), rule, self.sampler.build())
-        Anchored(self.anchor).require(coefficients, rule, curvature)
+        anchor = Anchored(self.anchor)
+        anchor.require(coefficients, rule, curvature)
+        Projected(self.projection).require(anchor)
 
     def build_estimator(self) -> Estimator:
         makes = {"two_sided": TwoSided, "one_sided": OneSided, "three_sided": ThreeSided}

@@ -34,6 +34,7 @@ from zo_dist.probes import (
     first_row,
     require_groups,
 )
+from zo_dist.projection import NO_ARMS, Projected, Projection
 from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
@@ -67,8 +68,8 @@ class ZeroOrder(Stateful):
     row of `step_batch`. `sampler`: which arms each of them draws;
     `estimator`, `coefficients`, `rule`: from losses to slopes, to what counts of them, to the move of the
     weights; `noise`, `structure`, `scale`, `curvature`, `mask`: the directions themselves; `anchor`: a point
-    to compare with (docs/methods.md has them all). A `curvature` implies `ThreeSided`.
-    `arms`: a regular expression for arms finer than a layer (`params.group_arms`).
+    to compare with; `projection`: steps back to the start (docs/methods.md has them all). A `curvature`
+    implies `ThreeSided`. `arms`: a regular expression for arms finer than a layer (`params.group_arms`).
     `perturb`: `module` shifts a weight in a scratch copy while the module that owns it runs; `shard` shifts
     the local shards before a forward and restores their bytes after it (sides x directions forwards of
     their rows), for objectives and models that read weights outside the module that owns them.
@@ -101,6 +102,7 @@ class ZeroOrder(Stateful):
         curvature: DiagonalCurvature | None = None,
         anchor: Anchor | None = None,
         arms: str | None = None,
+        projection: Projection | None = None,
         rounding: Rounding = "stochastic",
         seed: int = 0,
         max_skipped: int = 10,
@@ -144,12 +146,15 @@ class ZeroOrder(Stateful):
             self.anchor.bind(sizes, self.noise, directions)
             if self.anchor.every:
                 require_groups(self.anchor.directions, directions_per_row, "anchor.directions")
+            self.projection = Projected(projection)
+            self.projection.require(self.anchor)
             self.rounding = Rounding16(rounding, self.noise)
             spans = self.engine.spans(self.params)
             self.rounding.begin(spans)
             self.rule.begin([self.noise.left_span(s) for s in spans] if self.rule.factored else spans)
             self.curvature.begin(spans, self.params, perturb)
             self.anchor.begin(spans)
+            self.projection.begin(spans, self.params)
             self.writes, self.written = [0] * len(self.arms), [-1] * len(self.arms)
             self.eps, self.perturb = eps, perturb
             self.directions, self.directions_per_row = directions, directions_per_row
@@ -195,16 +200,16 @@ class ZeroOrder(Stateful):
         `sides` copies of its own. Returns the mean loss as `step` does.
         """
         batches = [batch] if not isinstance(batch, Sequence) else list(batch)
-        first, total, num_forwards = count_rows(
-            self.engine, batches, self.num_directions, self.directions_per_row
-        )
+        per_row = self._way(self.step_count).directions_per_row
+        first, total, num_forwards = count_rows(self.engine, batches, self.num_directions, per_row)
         self.prepare(batches[0], row_loss)
         return self._step(lambda p: p.by_rows(batches, row_loss, first, total, num_forwards))
 
     @property
     def num_directions(self) -> int:
         """Of the step to come."""
-        return self.anchor.directions if self.anchor.due(self.step_count) else self.directions
+        at_anchor = self.anchor.due(self.step_count)
+        return self.anchor.directions if at_anchor else self._way(self.step_count).directions
 
     @torch.no_grad()
     def _step(self, evaluate: Callable[[StepProbes], Tensor]) -> float:
@@ -213,26 +218,26 @@ class ZeroOrder(Stateful):
             raise ValueError(f"lr is {lr} at step {step}; a schedule must keep it finite and at least 0")
         if self.anchor.due(step):
             lr *= self.anchor.lr_ratio
-        draws = self._draws(step, self.num_directions)
+        way, draws = self._way(step), self._meet(step, self.num_directions)
         # torch's schedulers look here for whether a step came before theirs; `step_batch` is one too.
         self._opt_called = True
-        self.factors = self.scale.factors(self.engine)
         with evaluating(self.engine.module):
             with self.clock.on("forward"):
                 of_rank = self._points(evaluate, draws, step)
             with self.clock.on("agree"):
-                points = self.engine.reduce(of_rank, (lr, draws, self.record, self.factors))
+                alike = lr, draws, self.record, self.factors, self.projection.shifts
+                points = self.engine.reduce(of_rank, alike)
         # A direction whose rows all weigh nothing (no labels) has no slope, and no share in the step.
         losses = torch.where(points[..., 1] == 0.0, 0.0, points[..., 0] / points[..., 1])
         sums = points[0]
         weights = sums[..., 1].sum(1)
         of_sides = (sums[..., 0].sum(0) / sums[..., 1].sum(0)).tolist()
-        slopes, *at_anchor = (self.estimator.slopes(of_point, self.eps) for of_point in losses)
-        used = slopes.new_tensor(self.coefficients.of(slopes.tolist())) - sum(at_anchor)
+        slopes, *at_anchor = (way.estimator.slopes(of_point, way.eps) for of_point in losses)
+        used = slopes.new_tensor(way.coefficients.of(slopes.tolist())) - sum(at_anchor)
         # Each direction's share of the rows (or tokens): the update is the mean over all rows.
         coefs = used * weights / weights.sum()
         # Most estimators tell none.
-        bends = zip(self.estimator.curvatures(losses[0], self.eps).tolist(), weights.tolist(), strict=False)
+        bends = zip(way.estimator.curvatures(losses[0], way.eps).tolist(), weights.tolist(), strict=False)
         told = slopes.tolist(), coefs.tolist(), of_sides[:2], list(bends)
         # Not before: a step whose loss raised an error has not been, and can be taken again.
         self.record, self.step_count = StepRecord.of(step, lr, draws, *told), step + 1
@@ -242,6 +247,11 @@ class ZeroOrder(Stateful):
         return float(sums[..., 0].sum() / sums[..., 1].sum())
 
     def _finish(self, record: StepRecord, draws: list[Draw]) -> None:
+        self.skipped_in_a_row = 0
+        if self.projection.due(record.step):
+            with self.clock.on("update"):
+                self.projection.observe(record, self.engine, self.rounding)
+            return
         at_anchor = self.anchor.due(record.step)
         if at_anchor:
             self.anchor.drop(record, self.factors, self.engine.spans(self.params))
@@ -252,7 +262,6 @@ class ZeroOrder(Stateful):
             self.sampler.observe(draws, record.slopes)
         self.coefficients.observe(record.slopes)
         self.scale.observe(record, draws)
-        self.skipped_in_a_row = 0
 
     def _write(self, record: StepRecord, draws: list[Draw]) -> None:
         terms, curved = record.terms, self.curvature.terms(record)
@@ -283,20 +292,31 @@ class ZeroOrder(Stateful):
         """
         if record.step != self.step_count:
             raise TrajectoryError(f"step {record.step} cannot follow: the next is step {self.step_count}")
-        self.factors = self.scale.factors(self.engine)
-        draws = self._draws(record.step, len(record.slopes))
+        way, draws = self._way(record.step), self._meet(record.step, len(record.slopes))
         if tuple(draw.arms for draw in draws) != record.arms:
             raise TrajectoryError(
                 f"step {record.step} drew other arms than {type(self.sampler).__name__} draws here: the log "
                 "was written with another sampler, or other options or an earlier state of it"
             )
-        if self.curvature.used and len(record.curvatures) != len(record.slopes):
+        if way is self and self.curvature.used and len(record.curvatures) != len(record.slopes):
             raise TrajectoryError(f"step {record.step} has no curvatures: the log was written without them")
         self.record, self.step_count = record, record.step + 1
         if record.slopes:
             self._finish(record, draws)
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+
+    def _way(self, step: int) -> ZeroOrder | Projected:
+        """Whose directions, eps, estimator and coefficients a step has."""
+        return self.projection if self.projection.due(step) else self
+
+    def _meet(self, step: int, directions: int) -> list[Draw]:
+        """Settle what a step tests, and return its draws: the same on every rank. A collective."""
+        self.factors = self.scale.factors(self.engine)
+        if self.projection.due(step):
+            self.projection.aim(step, self.engine, self.noise)
+            return [NO_ARMS] * directions
+        return self._draws(step, directions)
 
     def _draws(self, step: int, directions: int) -> list[Draw]:
         sampler = self.anchor.sampler if self.anchor.due(step) else self.sampler
@@ -325,6 +345,8 @@ class ZeroOrder(Stateful):
             return evaluate(self._probes(draws, step))
 
     def _probes(self, draws: list[Draw], step: int) -> StepProbes:
+        if self.projection.due(step):
+            return self.projection.probes(self.engine)
         drawn = [[p for arm in d.arms for p in self.arms[arm].params] for d in draws]
         lengths = {
             (direction, p.name): length

@@ -13,7 +13,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -288,6 +288,14 @@ def _unhooked(modules: Sequence[nn.Module]) -> Iterator[None]:
             m._forward_pre_hooks, m._forward_hooks = before, after
 
 
+class Copying(Protocol):
+    """What shifts weights: `Shifts`, or a `Projected`."""
+
+    def copies(
+        self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
+    ) -> None: ...
+
+
 class ShardPerturbation:
     """Shifts the local shards of one direction in place, and restores them from a snapshot.
 
@@ -295,7 +303,7 @@ class ShardPerturbation:
     that come back are those that were there. Every rank must hold the same direction at a time.
     """
 
-    def __init__(self, shifts: Shifts, publish: Callable[[], None]) -> None:
+    def __init__(self, shifts: Copying, publish: Callable[[], None]) -> None:
         self._shifts, self._publish = shifts, publish
 
     @contextmanager

@@ -13,6 +13,7 @@ from zo_dist.estimators import Estimator
 from zo_dist.noise import Noise
 from zo_dist.params import Arm, Param
 from zo_dist.part import Part
+from zo_dist.projection import Projected
 from zo_dist.rounding import Rounding16
 from zo_dist.rules import Rule
 
@@ -28,6 +29,7 @@ class Stateful(torch.optim.Optimizer):
     rounding: Rounding16
     curvature: Curvature
     anchor: Anchored
+    projection: Projected
     eps: float
     directions: int
     directions_per_row: int
@@ -55,14 +57,14 @@ class Stateful(torch.optim.Optimizer):
     @property
     def parts(self) -> dict[str, Part]:
         """What makes a write of slopes, by name: with these, and noise and rounding, a log is replayed."""
-        names = ("sampler", "coefficients", "rule", "scale", "mask", "curvature", "anchor")
+        names = ("sampler", "coefficients", "rule", "scale", "mask", "curvature", "anchor", "projection")
         return {name: getattr(self, name) for name in names}
 
     @property
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """What this rank keeps beside its spans: by what it is, and by canonical name."""
         kept = {"lost": self.rounding.lost, "curvature": self.curvature.kept, "anchor": self.anchor.weights}
-        return kept | self.rule.kept
+        return kept | {"start": self.projection.weights} | self.rule.kept
 
     @property
     def scalars(self) -> dict[str, Any]:
@@ -89,7 +91,7 @@ class Stateful(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up `state_dict`; ValueError if it is of other arms, shards, rule, rounding or anchor."""
+        """Take up `state_dict`; ValueError if it is of other arms, shards or parts that keep something."""
         arms = len(state_dict["scalars"]["writes"])
         if arms != len(self.arms):
             raise ValueError(
@@ -100,9 +102,9 @@ class Stateful(torch.optim.Optimizer):
         mine = _tensors(self.beside)
         if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in mine.items()}:
             raise ValueError(
-                "the saved state is of other shards, or of another rule, rounding, curvature or anchor: it "
-                f"holds {sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} spans, this rank "
-                f"has {sorted({kind for kind, _ in mine}) or 'nothing'} of {len(mine)}"
+                "the saved state is of other shards, or of another rule, rounding, curvature or anchor, or "
+                f"projection: it holds {sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} "
+                f"spans, this rank has {sorted({kind for kind, _ in mine}) or 'nothing'} of {len(mine)}"
             )
         self.scalars = state_dict["scalars"]
         for key, tensor in saved.items():

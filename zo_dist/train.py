@@ -91,6 +91,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         curvature=settings.curvature,
         anchor=settings.anchor,
         arms=settings.arms,
+        projection=settings.projection,
         rounding=settings.rounding,
         seed=settings.seed,
         max_skipped=settings.max_skipped,

@@ -14,6 +14,8 @@ from models import EXPERTS, build, cut, loss_of, rows_for
 from reference import Reference, weight_tolerance
 from workers import HAVE_DEEPSPEED, Pool, digest, needs_deepspeed, whole_weights, wrap
 
+import zo_dist
+
 STEPS = 20
 LR, EPS, DECAY = 2.0**-7, 2.0**-6, 0.01
 ROWS = 11
@@ -53,8 +55,8 @@ ARMS = {
 }
 
 # One row per run: (dtype, rounding), (directions, per row), sampler, mode, noise, estimator, coefficients,
-# rule, mask, anchor. Of all combinations of these and of (engine, ranks), each pair of values of different
-# columns is in one of the runs.
+# rule, mask, which steps there are besides. Of all combinations of these and of (engine, ranks), each pair
+# of values of different columns is in one of the runs.
 Combo = tuple[tuple[str, str], tuple[int, int], str, str, str, str, str, str, str, str]
 PLACES = tuple((engine, ranks) for engine in table.MAIN_ENGINES for ranks in table.RANKS)
 RUNS = table.all_pairs(
@@ -68,12 +70,13 @@ RUNS = table.all_pairs(
     tuple(table.COEFFICIENTS),
     tuple(table.RULES),
     tuple(table.MASKS),
-    tuple(table.ANCHORS),
+    tuple(table.BESIDES),
 )
 # For engines that share their code with a main one: each direction count, mode and dtype once.
 F32, BF16 = ("float32", "stochastic"), ("bfloat16", "stochastic")
 FEW: list[Combo] = [
-    (F32, (3, 1), "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all", "third"),
+    (F32, (3, 1), "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all", "anchor"),
+    (BF16, (3, 1), "adalezo", "module", "rademacher", "two_sided", "raw", "momentum", "all", "search"),
     (
         ("bfloat16", "kahan"),
         (8, 4),
@@ -121,7 +124,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         coefficients,
         rule,
         mask,
-        anchor,
+        besides,
     ) = combo
     estimator = table.estimator_for(sampler, estimator)
     share = SHARES[dist.get_world_size()]
@@ -140,15 +143,20 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         perturb=table.mode_of(engine, dist.get_world_size(), mode, estimator),
         noise=noise,
         mask=mask,
-        anchor=anchor,
         rounding=rounding,
+        **table.BESIDES[besides],
         **options,
     )
     calls = {"num_forwards": max(len(pieces) for pieces in share), "per_row": per_row}
-    loss = Injected(optimizer.perturb, directions, **calls, estimator=estimator) if given else loss_of
+    known = Injected(optimizer.perturb, directions, **calls, estimator=estimator, search=searched(besides))
+    loss = known if given else loss_of
     for _ in range(STEPS):
         optimizer.step_batch(mine, loss)
     return whole_weights(optimizer)
+
+
+def searched(besides: str) -> zo_dist.Projection | None:
+    return table.PROJECTIONS[table.BESIDES[besides].get("projection", "none")]
 
 
 def runs_on_rank(engine: str, kind: str, combos: list[Combo]) -> list[str]:
@@ -162,10 +170,10 @@ def weights_of_reference(
     kind: str, combo: Combo, given: bool, weight_decay: float = 0.0
 ) -> tuple[dict[str, Any], list[float]]:
     """What `final_weights` should be, and the loss of each step."""
-    (dtype, rounding), (directions, per_row), sampler, _, noise, estimator, shape, rule, mask, anchor = combo
+    (dtype, rounding), (directions, per_row), sampler, _, noise, estimator, shape, rule, mask, besides = combo
     estimator = table.estimator_for(sampler, estimator)
     small = table.MASKS[mask]
-    dropped = table.ANCHORS[anchor]
+    dropped = table.ANCHORS[table.BESIDES[besides].get("anchor", "none")]
     method, options = table.REFERENCE[sampler]
     reference = Reference(
         build(kind, table.dtype_of(dtype)),
@@ -184,9 +192,10 @@ def weights_of_reference(
         options=options,
         share=1.0 if small is None else small.share,
         anchor=dropped and (dropped.every, directions, dropped.lr_ratio),
+        projection=searched(besides),
     )
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
-    known = Injected("reference", directions, estimator=estimator, per_row=per_row)
+    known = Injected("reference", directions, estimator=estimator, per_row=per_row, search=searched(besides))
     loss = known if given else loss_of
     with remembered_noise():
         losses = [reference.step(batch, loss) for _ in range(STEPS)]
@@ -235,7 +244,7 @@ def test_given_losses_leave_the_same_bits_on_a_language_model(
     pool: Callable[[int], Pool], engine: str
 ) -> None:
     _skip_without_deepspeed(engine)
-    combos = [*FEW[:3], FEW[4]]
+    combos = [*FEW[:4], FEW[5]]
     _expect_same(pool(2).run(runs_on_rank, engine, "llama", combos), "llama", combos)
 
 
@@ -290,10 +299,10 @@ def test_the_bits_do_depend_on_what_they_should() -> None:
         *((*base[:7], rule, *base[8:]) for rule in table.RULES if rule not in ("sgd", *table.OF_FULL_RANK)),
         *((*base[:4], "lozo", *base[5:7], rule, *base[8:]) for rule in ("momentum", "lozo_m")),
         (*base[:8], "small", "none"),
-        (*base[:9], "third"),
+        *((*base[:9], besides) for besides in table.BESIDES if besides != "none"),
     ]
     start = digest(dict(build("sequential", torch.bfloat16).named_parameters()))
-    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 29
+    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 30
 
 
 # End to end: the losses are the model's own.
@@ -328,12 +337,13 @@ GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0, "adalezo_both": 70.0, "fi
     ],
 )
 @pytest.mark.parametrize(
-    ("sampler", "directions", "mode", "mask", "anchor"),
+    ("sampler", "directions", "mode", "mask", "besides"),
     [
         ("dense", (1, 1), "module", "all", "none"),
         ("adalezo", (3, 1), "module", "all", "none"),
         ("uniform", (4, 2), "shard", "small", "none"),
-        ("dense", (2, 1), "module", "all", "third"),
+        ("dense", (2, 1), "module", "all", "anchor"),
+        ("dense", (1, 1), "module", "all", "search"),
         ("fitted_adalezo", (8, 4), "module", "all", "none"),
     ],
 )
@@ -345,12 +355,12 @@ def test_own_losses_give_the_trajectory_of_the_reference(
     directions: tuple[int, int],
     mode: str,
     mask: str,
-    anchor: str,
+    besides: str,
 ) -> None:
     _skip_without_deepspeed(engine)
     combo: Combo = (
         ("float32", "stochastic"), directions, sampler, mode, "rademacher", "two_sided", "raw", "sgd", mask,
-        anchor,
+        besides,
     )  # fmt: skip
     results = pool(num_ranks).run(trajectory_on_rank, engine, "llama", combo)
     assert len({r["digest"] for r in results}) == 1

@@ -81,11 +81,12 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes on one GPU, and `host` of a whole node for what is offloaded.
+    """Bytes on one GPU, and `host` of a whole node for what is kept there.
 
-    `weights`: this rank's part, and buffers; `state`: of rule, curvature and anchor; `lost`: what kahan
-    keeps; `snapshot`: of shards that `perturb: shard` puts back. The forward needs `gathered`, `scratch`,
-    `activations` and `logits`, at its worst moment, together; the write needs `update` instead.
+    `weights`: this rank's part, and buffers; `state`: of rule, curvature, anchor and projection; `lost`: what
+    kahan keeps; `snapshot`: of shards that are put back (`perturb: shard`, projection). The forward needs
+    `gathered`, `scratch`, `activations` and `logits`, at its worst moment, together; the write needs `update`
+    instead.
     """
 
     weights: int
@@ -167,18 +168,22 @@ def memory(mode: Mode, optimizer: ZeroOrder, gathers: Gathers, drawn: Drawn, per
     optimizer.rule.begin([noise.left_span(s) for s in spans] if optimizer.rule.factored else spans)
     optimizer.curvature.begin(spans, optimizer.params, mode.perturb)
     optimizer.anchor.begin(spans)
+    optimizer.projection.begin(spans, optimizer.params)
     state = sum(_nbytes(t) for kept in optimizer.rule.kept.values() for t in kept.values())
     state += sum(map(_nbytes, [*optimizer.curvature.kept.values(), *optimizer.anchor.weights.values()]))
+    start = sum(map(_nbytes, optimizer.projection.weights.values()))
+    state += 0 if optimizer.projection.on_cpu else start
     lost = sum(map(_nbytes, optimizer.rounding.lost.values()))
     module = optimizer.engine.module
     frozen = frozen_params(module, optimizer.engine.shape_of)
     weights = sum(_nbytes(s.flat) for s in [*spans, *_spans(mode, frozen)])
     buffers = sum(map(_nbytes, module.buffers()))
-    snapshot = 0
+    # A search shifts shards in either mode.
+    snapshot = start
     if mode.perturb == "shard":
         local = {s.name: _nbytes(s.flat) for s in spans}
         arms = sorted((sum(local[p.name] for p in arm.params) for arm in optimizer.arms), reverse=True)
-        snapshot = sum(arms[: drawn.most_arms])
+        snapshot = max(snapshot, sum(arms[: drawn.most_arms]))
     kept = weights + state + lost + snapshot
     on_gpu = 0 if mode.offload else 1
     live = gathers.peak.live
@@ -192,7 +197,7 @@ def memory(mode: Mode, optimizer: ZeroOrder, gathers: Gathers, drawn: Drawn, per
         activations=live.activations,
         logits=live.logits,
         update=on_gpu * _update_peak(optimizer, spans),
-        host=per_node * kept if mode.offload else 0,
+        host=per_node * ((kept if mode.offload else 0) + (start if optimizer.projection.on_cpu else 0)),
     )
 
 

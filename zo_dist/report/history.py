@@ -14,6 +14,7 @@ from tqdm import tqdm
 from zo_dist.anchor import Anchored
 from zo_dist.config import Config
 from zo_dist.noise import Noise
+from zo_dist.projection import Projected
 from zo_dist.report.chart import Line, Style, thinned
 from zo_dist.resume import LOG
 from zo_dist.runlog import METRICS, read_metrics
@@ -128,9 +129,13 @@ class History:
         sampler.bind(sizes, noise)
         anchor = Anchored(self.config.optimizer.anchor)
         anchor.bind(sizes, noise, self.config.optimizer.directions)
-        seen = []
+        projection, seen = Projected(self.config.optimizer.projection), []
         for record in _shown(self.records):
             seen.append(list(sampler.probabilities))
+            if projection.due(record.step):
+                if record.slopes:
+                    projection.count(record.step)
+                continue
             drawn_by = anchor.sampler if anchor.due(record.step) else sampler
             draws = [drawn_by.draw(record.step, d) for d in range(len(record.slopes))]
             if tuple(draw.arms for draw in draws) != record.arms:
