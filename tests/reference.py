@@ -36,7 +36,8 @@ class Reference:
     `shape`: what becomes of an estimate and of slopes, by the names of `move` and `shaped`. `share`: how many
     of each matrix's weights, the smallest when this is made, are trained. With the estimator
     `three_sided` it is HiZOO, with `smoothing`, and has no anchor. `anchor`: every how many steps one is
-    dropped, with how many directions, and the ratio of learning rates.
+    dropped, with how many directions, and the ratio of learning rates. `conservative`: each direction's part
+    of the write is tried first.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Reference:
         share: float = 1.0,
         smoothing: float = table.SMOOTHING,
         anchor: tuple[int, int, float] | None = None,
+        conservative: bool = False,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
         self._weights, self._shifted = (
@@ -70,6 +72,7 @@ class Reference:
         self.low_rank: Any = self.structure if isinstance(self.structure, zo_dist.LowRank) else None
         self.method, self.lr, self.eps, self.directions, self.per_row = method, lr, eps, directions, per_row
         self.rounding, self.weight_decay, self.estimator = rounding, weight_decay, estimator
+        self.conservative, self.all_kept = conservative, list[float]()
         anchor = None if estimator == "three_sided" else anchor
         self.rule, self.all_slopes = rule, list[list[float]]()
         self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
@@ -298,12 +301,9 @@ class Reference:
         loss: RowLoss,
     ) -> tuple[list[float], list[float], list[float], float]:
         """At some weights, each direction's slope, what its rows weigh and its curvature; the mean loss."""
-        total = len(next(iter(batch.values())))
         slopes, shares, curved, seen = [], [], list[float](), [0.0, 0.0]
         for direction, drawn in enumerate(draws):
-            groups = len(draws) // self.per_row
-            mine = [r for r in range(total) if r * groups // total == direction // self.per_row]
-            rows = {key: value[mine] for key, value in batch.items()}
+            rows = self.rows_of(direction, len(draws), batch)
             high = self.loss_at(weights, direction, drawn, 1.0, rows, loss)
             one_sided = self.estimator == "one_sided"
             low = self.loss_at(weights, direction, drawn, 0.0 if one_sided else -1.0, rows, loss)
@@ -318,6 +318,32 @@ class Reference:
             shares.append(sum(side[1] for side in sides))
             seen = [seen[i] + sum(side[i] for side in sides) for i in (0, 1)]
         return slopes, shares, curved, seen[0] / seen[1]
+
+    def rows_of(self, direction: int, directions: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        total, groups = len(next(iter(batch.values()))), directions // self.per_row
+        mine = [r for r in range(total) if r * groups // total == direction // self.per_row]
+        return {key: value[mine] for key, value in batch.items()}
+
+    def tried(
+        self,
+        coefs: Sequence[float],
+        draws: Sequence[Mapping[int, tuple[float, float]]],
+        batch: dict[str, Tensor],
+        loss: RowLoss,
+    ) -> list[float]:
+        """ZO-SGD-Cons: of what each direction writes, of nothing and of the opposite, the best."""
+        eps, self.eps, kept = self.eps, self.lr, list[float]()
+        for direction, (coef, drawn) in enumerate(zip(coefs, draws, strict=True)):
+            rows = self.rows_of(direction, len(draws), batch)
+            writes = {arm: (a, float32(coef * float16(a))) for arm, (a, _) in drawn.items()}
+            means = {}
+            for times in (1.0, -1.0, 0.0):
+                seen = self.loss_at(self.weights(), direction, writes, -times, rows, loss)
+                means[times] = seen[0] / seen[1]
+            kept.append(min((1.0, 0.0, -1.0), key=means.__getitem__))
+        self.eps = eps
+        self.all_kept += kept
+        return [coef * times for coef, times in zip(coefs, kept, strict=True)]
 
     @torch.no_grad()
     def step(self, batch: dict[str, Tensor], loss: RowLoss) -> float:
@@ -334,6 +360,8 @@ class Reference:
             there = self.slopes_at(self.dropped[1], draws, batch, loss)[0]
             used = [slope - other for slope, other in zip(used, there, strict=True)]
         coefs = [float32(slope * share / sum(shares)) for slope, share in zip(used, shares, strict=True)]
+        if self.conservative:
+            coefs = self.tried(coefs, draws, batch, loss)
         if at_anchor:
             before = {name: weight.clone() for name, weight in self.weights().items()}
             self.dropped = self.step_number, before, coefs

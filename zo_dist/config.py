@@ -34,6 +34,7 @@ from zo_dist.probes import require_groups
 from zo_dist.rounding import Rounding
 from zo_dist.settings import apply_overrides, build, read_yaml
 from zo_dist.structure import noise_of
+from zo_dist.trials import require_fine_weights, require_trials
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -150,7 +151,7 @@ class OptimizerConfig:
     `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `structure`: of the noise of a matrix; null is
     none. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter. `curvature`: see
     `zo_dist.DiagonalCurvature`; null perturbs all weights alike. It goes with `three_sided`. `anchor`: see
-    `zo_dist.Anchor`; null has none.
+    `zo_dist.Anchor`; null has none. `conservative` needs `model.dtype: float32`.
     """
 
     lr: float
@@ -169,6 +170,7 @@ class OptimizerConfig:
     mask: SmallWeights | None = None
     curvature: DiagonalCurvature | None = None
     anchor: Anchor | None = None
+    conservative: bool = False
     rounding: Rounding = "stochastic"
     weight_decay: float = 0.0
     seed: int = 0
@@ -193,7 +195,10 @@ class OptimizerConfig:
         coefficients.bind(self.directions)
         curvature = Curvature(self.curvature)
         curvature.require(self.build_estimator(), self.scale.build(), rule, self.sampler.build())
-        Anchored(self.anchor).require(coefficients, rule, curvature)
+        anchor = Anchored(self.anchor)
+        anchor.require(coefficients, rule, curvature)
+        if self.conservative:
+            require_trials(rule, curvature, anchor)
 
     def build_estimator(self) -> Estimator:
         makes = {"two_sided": TwoSided, "one_sided": OneSided, "three_sided": ThreeSided}
@@ -276,6 +281,9 @@ class Config:
     train: TrainConfig
 
     def __post_init__(self) -> None:
+        if self.optimizer.conservative:
+            # Trials differ where they are stored, and where they are computed.
+            require_fine_weights([self.model.torch_dtype, self.engine.torch_compute_dtype or torch.float32])
         per_row = self.optimizer.directions_per_row
         if self.optimizer.directions > self.train.rows * per_row:
             raise ValueError(

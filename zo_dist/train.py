@@ -90,6 +90,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         mask=settings.mask,
         curvature=settings.curvature,
         anchor=settings.anchor,
+        conservative=settings.conservative,
         rounding=settings.rounding,
         seed=settings.seed,
         max_skipped=settings.max_skipped,
