@@ -225,9 +225,13 @@ class Reference:
             core = self.summed(f"{name}\0core", step, terms, width, inner)
             return thin_product(normals, thin_product(root * math.sqrt(rows / (width * inner)), core)).float()
         if self.low_rank.fixed:
-            left = self.summed(f"{name}\0left", 0, [(0, 1.0)], rows, rank)
-            return left * self.summed(f"{name}\0weights", step, terms, rank) * rank**-0.5
+            return self.weighed(name, self.summed(f"{name}\0weights", step, terms, rank))
         return self.summed(f"{name}\0left", step, terms, rows, rank) * rank**-0.5
+
+    def weighed(self, name: str, weights: Tensor) -> Tensor:
+        """TeZO's left side."""
+        rows, rank = len(self.weights()[name]), self.low_rank.rank
+        return self.summed(f"{name}\0left", 0, [(0, 1.0)], rows, rank) * weights * rank**-0.5
 
     def estimate(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
         """The sum of scale * z."""
@@ -258,10 +262,25 @@ class Reference:
         """What the rule makes of it."""
         weight, moments = self.weights()[name], self.moments[name]
         of_a_side = self.low_rank is not None and weight.ndim > 1
-        if self.rule != "lozo_m" or not of_a_side or self.anchor or self.estimator == "three_sided":
+        fixed = of_a_side and self.low_rank.fixed
+        factored = (self.rule == "lozo_m" and of_a_side) or (self.rule == "tezo_adam" and fixed)
+        if not factored or self.anchor or self.estimator == "three_sided":
             estimate = self.with_earlier(name, self.estimate(name, terms), earlier)
             return moments.move(self.rule, estimate / square_root(self.curvature[name]))
-        left, right = self.left(name, terms), self.right(name, self.step_number)
+        right = self.right(name, self.step_number)
+        if fixed:
+            new = self.summed(f"{name}\0weights", self.step_number, terms, self.low_rank.rank)
+            moments.of_weights = moments.of_weights or Moments(new.shape)
+            if self.rule == "lozo_m":
+                left = self.weighed(name, moments.of_weights.move(self.rule, new))
+                return thin_product(left, right).float().view(weight.shape)
+            first, second = moments.of_weights.both(self.rule, new)
+            first = thin_product(self.weighed(name, first), right).float()
+            left = self.weighed(name, square_root(second))
+            pairs = zip(left.T.double().numpy(), right.double().numpy(), strict=True)
+            second = torch.from_numpy(sum(np.outer(a * a, b * b) for a, b in pairs)).float()
+            return quotient(first, second).view(weight.shape)
+        left = self.left(name, terms)
         if moments.side is not None:
             if self.refresh(moments.step) != self.refresh(self.step_number):
                 before = self.right(name, moments.step)
@@ -437,13 +456,14 @@ class Moments:
         # Of LOZO-M: the momentum's left side, and the step of the right one that it goes with.
         self.side: Tensor | None = None
         self.step = 0
+        # Of noise whose sides are fixed: of the numbers that weigh their products.
+        self.of_weights: Moments | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         return {"first": self.first, "second": self.second, "highest": self.highest}
 
     def move(self, rule: str, estimate: Tensor) -> Tensor:
         """What takes the estimate's place; options are those of `table.RULES`."""
-        self.writes += 1
         if rule == "sgd":
             return estimate
         if rule == "sign":
@@ -451,13 +471,22 @@ class Moments:
         if rule in ("momentum", "lozo_m"):
             self.first = self.first * 0.9 + estimate
             return self.first
+        return quotient(*self.both(rule, estimate))
+
+    def both(self, rule: str, estimate: Tensor) -> tuple[Tensor, Tensor]:
+        """Adam's, bias corrected."""
+        self.writes += 1
         self.first = self.first * 0.8 + estimate * (1.0 - 0.8)
         first = self.first / (1.0 - 0.8**self.writes)
         seen = first if rule == "adam_of_momentum" else estimate
         self.second = self.second * 0.95 + seen * seen * (1.0 - 0.95)
         self.highest = torch.maximum(self.highest, self.second)
         second = self.highest if rule == "amsgrad" else self.second
-        return first / (square_root(second / (1.0 - 0.95**self.writes)) + 1e-6)
+        return first, second / (1.0 - 0.95**self.writes)
+
+
+def quotient(first: Tensor, second: Tensor) -> Tensor:
+    return first / (square_root(second) + 1e-6)
 
 
 def square_root(x: Tensor) -> Tensor:

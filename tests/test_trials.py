@@ -202,7 +202,7 @@ def in_a_valley(lr: float, conservative: bool, steps: int = 30) -> list[float]:
 
 
 def test_the_loss_of_a_steps_own_rows_never_rises() -> None:
-    """Where MeZO diverges: a move along z lowers it only if lr times the curvature of 100 |z|**2 is below 2."""
+    """Where MeZO diverges: only a z with `lr * 100 |z|**2 < 2` has a move that lowers it."""
     heights = in_a_valley(2.0**-6, conservative=True)
     assert all(b <= a for a, b in itertools.pairwise(heights))
     assert heights[-1] < heights[0]

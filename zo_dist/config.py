@@ -191,7 +191,7 @@ class OptimizerConfig:
         structure = None if self.structure is None else self.structure.build()
         noise = noise_of(self.noise, self.seed, False, structure, {})
         if rule.factored:
-            noise.require_product()
+            noise.require_factor(rule.lasting)
         coefficients.bind(self.directions)
         curvature = Curvature(self.curvature)
         curvature.require(self.build_estimator(), self.scale.build(), rule, self.sampler.build())

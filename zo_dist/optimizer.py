@@ -154,7 +154,9 @@ class ZeroOrder(Stateful):
             self.rounding = Rounding16(rounding, self.noise)
             spans = self.engine.spans(self.params)
             self.rounding.begin(spans)
-            self.rule.begin([self.noise.left_span(s) for s in spans] if self.rule.factored else spans)
+            if self.rule.factored:
+                self.noise.require_factor(self.rule.lasting)
+            self.rule.begin([self.noise.factor_span(s) for s in spans] if self.rule.factored else spans)
             self.curvature.begin(spans, self.params, perturb)
             self.anchor.begin(spans)
             self.writes, self.written = [0] * len(self.arms), [-1] * len(self.arms)

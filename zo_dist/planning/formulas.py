@@ -157,7 +157,7 @@ def memory(mode: Mode, optimizer: ZeroOrder, gathers: Gathers, drawn: Drawn, per
     spans = _spans(mode, optimizer.params)
     noise = optimizer.noise
     optimizer.rounding.begin(spans)
-    optimizer.rule.begin([noise.left_span(s) for s in spans] if optimizer.rule.factored else spans)
+    optimizer.rule.begin([noise.factor_span(s) for s in spans] if optimizer.rule.factored else spans)
     optimizer.curvature.begin(spans, optimizer.params, mode.perturb)
     optimizer.anchor.begin(spans)
     state = sum(_nbytes(t) for kept in optimizer.rule.kept.values() for t in kept.values())
