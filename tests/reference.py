@@ -37,6 +37,7 @@ class Reference:
     of each matrix's weights, the smallest when this is made, are trained. With the estimator
     `three_sided` it is HiZOO, with `smoothing`, and has no anchor. `anchor`: every how many steps one is
     dropped, with how many directions, and the ratio of learning rates. `projection`: of all parameters.
+    `conservative`: each direction's part of the write is tried first.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Reference:
         smoothing: float = table.SMOOTHING,
         anchor: tuple[int, int, float] | None = None,
         projection: zo_dist.Projection | None = None,
+        conservative: bool = False,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
         self._weights, self._shifted = (
@@ -71,6 +73,7 @@ class Reference:
         self.low_rank: Any = self.structure if isinstance(self.structure, zo_dist.LowRank) else None
         self.method, self.lr, self.eps, self.directions, self.per_row = method, lr, eps, directions, per_row
         self.rounding, self.weight_decay, self.estimator = rounding, weight_decay, estimator
+        self.conservative, self.all_kept = conservative, list[float]()
         anchor = None if estimator == "three_sided" else anchor
         self.rule, self.all_slopes = rule, list[list[float]]()
         self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
@@ -228,9 +231,13 @@ class Reference:
             core = self.summed(f"{name}\0core", step, terms, width, inner)
             return thin_product(normals, thin_product(root * math.sqrt(rows / (width * inner)), core)).float()
         if self.low_rank.fixed:
-            left = self.summed(f"{name}\0left", 0, [(0, 1.0)], rows, rank)
-            return left * self.summed(f"{name}\0weights", step, terms, rank) * rank**-0.5
+            return self.weighed(name, self.summed(f"{name}\0weights", step, terms, rank))
         return self.summed(f"{name}\0left", step, terms, rows, rank) * rank**-0.5
+
+    def weighed(self, name: str, weights: Tensor) -> Tensor:
+        """TeZO's left side."""
+        rows, rank = len(self.weights()[name]), self.low_rank.rank
+        return self.summed(f"{name}\0left", 0, [(0, 1.0)], rows, rank) * weights * rank**-0.5
 
     def estimate(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
         """The sum of scale * z."""
@@ -261,10 +268,25 @@ class Reference:
         """What the rule makes of it."""
         weight, moments = self.weights()[name], self.moments[name]
         of_a_side = self.low_rank is not None and weight.ndim > 1
-        if self.rule != "lozo_m" or not of_a_side or self.anchor or self.estimator == "three_sided":
+        fixed = of_a_side and self.low_rank.fixed
+        factored = (self.rule == "lozo_m" and of_a_side) or (self.rule == "tezo_adam" and fixed)
+        if not factored or self.anchor or self.estimator == "three_sided":
             estimate = self.with_earlier(name, self.estimate(name, terms), earlier)
             return moments.move(self.rule, estimate / square_root(self.curvature[name]))
-        left, right = self.left(name, terms), self.right(name, self.step_number)
+        right = self.right(name, self.step_number)
+        if fixed:
+            new = self.summed(f"{name}\0weights", self.step_number, terms, self.low_rank.rank)
+            moments.of_weights = moments.of_weights or Moments(new.shape)
+            if self.rule == "lozo_m":
+                left = self.weighed(name, moments.of_weights.move(self.rule, new))
+                return thin_product(left, right).float().view(weight.shape)
+            first, second = moments.of_weights.both(self.rule, new)
+            first = thin_product(self.weighed(name, first), right).float()
+            left = self.weighed(name, square_root(second))
+            pairs = zip(left.T.double().numpy(), right.double().numpy(), strict=True)
+            second = torch.from_numpy(sum(np.outer(a * a, b * b) for a, b in pairs)).float()
+            return quotient(first, second).view(weight.shape)
+        left = self.left(name, terms)
         if moments.side is not None:
             if self.refresh(moments.step) != self.refresh(self.step_number):
                 before = self.right(name, moments.step)
@@ -304,12 +326,9 @@ class Reference:
         loss: RowLoss,
     ) -> tuple[list[float], list[float], list[float], float]:
         """At some weights, each direction's slope, what its rows weigh and its curvature; the mean loss."""
-        total = len(next(iter(batch.values())))
         slopes, shares, curved, seen = [], [], list[float](), [0.0, 0.0]
         for direction, drawn in enumerate(draws):
-            groups = len(draws) // self.per_row
-            mine = [r for r in range(total) if r * groups // total == direction // self.per_row]
-            rows = {key: value[mine] for key, value in batch.items()}
+            rows = self.rows_of(direction, len(draws), batch)
             high = self.loss_at(weights, direction, drawn, 1.0, rows, loss)
             one_sided = self.estimator == "one_sided"
             low = self.loss_at(weights, direction, drawn, 0.0 if one_sided else -1.0, rows, loss)
@@ -365,6 +384,32 @@ class Reference:
         self.step_number += 1
         return (high + low) / (2.0 * weighs)
 
+    def rows_of(self, direction: int, directions: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        total, groups = len(next(iter(batch.values()))), directions // self.per_row
+        mine = [r for r in range(total) if r * groups // total == direction // self.per_row]
+        return {key: value[mine] for key, value in batch.items()}
+
+    def tried(
+        self,
+        coefs: Sequence[float],
+        draws: Sequence[Mapping[int, tuple[float, float]]],
+        batch: dict[str, Tensor],
+        loss: RowLoss,
+    ) -> list[float]:
+        """ZO-SGD-Cons: of what each direction writes, of nothing and of the opposite, the best."""
+        eps, self.eps, kept = self.eps, self.lr, list[float]()
+        for direction, (coef, drawn) in enumerate(zip(coefs, draws, strict=True)):
+            rows = self.rows_of(direction, len(draws), batch)
+            writes = {arm: (a, float32(coef * float16(a))) for arm, (a, _) in drawn.items()}
+            means = {}
+            for times in (1.0, -1.0, 0.0):
+                seen = self.loss_at(self.weights(), direction, writes, -times, rows, loss)
+                means[times] = seen[0] / seen[1]
+            kept.append(min((1.0, 0.0, -1.0), key=means.__getitem__))
+        self.eps = eps
+        self.all_kept += kept
+        return [coef * times for coef, times in zip(coefs, kept, strict=True)]
+
     @torch.no_grad()
     def step(self, batch: dict[str, Tensor], loss: RowLoss) -> float:
         if self.projection and self.since >= self.projection.every:
@@ -383,6 +428,8 @@ class Reference:
             there = self.slopes_at(self.dropped[1], draws, batch, loss)[0]
             used = [slope - other for slope, other in zip(used, there, strict=True)]
         coefs = [float32(slope * share / sum(shares)) for slope, share in zip(used, shares, strict=True)]
+        if self.conservative:
+            coefs = self.tried(coefs, draws, batch, loss)
         if at_anchor:
             before = {name: weight.clone() for name, weight in self.weights().items()}
             self.dropped = self.step_number, before, coefs
@@ -462,13 +509,14 @@ class Moments:
         # Of LOZO-M: the momentum's left side, and the step of the right one that it goes with.
         self.side: Tensor | None = None
         self.step = 0
+        # Of noise whose sides are fixed: of the numbers that weigh their products.
+        self.of_weights: Moments | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         return {"first": self.first, "second": self.second, "highest": self.highest}
 
     def move(self, rule: str, estimate: Tensor) -> Tensor:
         """What takes the estimate's place; options are those of `table.RULES`."""
-        self.writes += 1
         if rule == "sgd":
             return estimate
         if rule == "sign":
@@ -476,13 +524,22 @@ class Moments:
         if rule in ("momentum", "lozo_m"):
             self.first = self.first * 0.9 + estimate
             return self.first
+        return quotient(*self.both(rule, estimate))
+
+    def both(self, rule: str, estimate: Tensor) -> tuple[Tensor, Tensor]:
+        """Adam's, bias corrected."""
+        self.writes += 1
         self.first = self.first * 0.8 + estimate * (1.0 - 0.8)
         first = self.first / (1.0 - 0.8**self.writes)
         seen = first if rule == "adam_of_momentum" else estimate
         self.second = self.second * 0.95 + seen * seen * (1.0 - 0.95)
         self.highest = torch.maximum(self.highest, self.second)
         second = self.highest if rule == "amsgrad" else self.second
-        return first / (square_root(second / (1.0 - 0.95**self.writes)) + 1e-6)
+        return first, second / (1.0 - 0.95**self.writes)
+
+
+def quotient(first: Tensor, second: Tensor) -> Tensor:
+    return first / (square_root(second) + 1e-6)
 
 
 def square_root(x: Tensor) -> Tensor:

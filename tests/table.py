@@ -55,10 +55,12 @@ RULES: dict[str, Callable[..., Rule]] = {
     "adam": partial(zo_dist.Adam, 0.8, 0.95, 1e-6),
     "adam_of_momentum": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, second="momentum"),
     "amsgrad": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, amsgrad=True),
+    "tezo_adam": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, factored=True),
     "sign": zo_dist.Sign,
 }
-# These want noise of low rank, no curvature and no anchor; what takes their place where it is otherwise.
-OF_FULL_RANK = {"lozo_m": "momentum"}
+# These want noise of low rank (the second with fixed sides), no curvature and no anchor; what takes their
+# place where it is otherwise.
+OF_FULL_RANK = {"lozo_m": "momentum", "tezo_adam": "adam"}
 COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
     "raw": zo_dist.Raw,
     "sign": zo_dist.SignOnly,
@@ -194,7 +196,8 @@ def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
     decay = options.pop("weight_decay", 0.0)
     rule = options.get("rule", "sgd")
     if isinstance(rule, str):
-        is_product = isinstance(options.get("structure"), zo_dist.LowRank)
+        structure = options.get("structure")
+        is_product = isinstance(structure, zo_dist.LowRank) and (rule != "tezo_adam" or structure.fixed)
         plain = is_product and not options.get("curvature") and not options["anchor"]
         rule = rule if plain else OF_FULL_RANK.get(rule, rule)
         options["rule"] = RULES[rule](weight_decay=decay)

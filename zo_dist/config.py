@@ -35,6 +35,7 @@ from zo_dist.projection import Projected, Projection
 from zo_dist.rounding import Rounding
 from zo_dist.settings import apply_overrides, build, read_yaml
 from zo_dist.structure import noise_of
+from zo_dist.trials import require_fine_weights, require_trials
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -152,7 +153,8 @@ class OptimizerConfig:
     none. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter. `curvature`: see
     `zo_dist.DiagonalCurvature`; null perturbs all weights alike. It goes with `three_sided`. `anchor`: see
     `zo_dist.Anchor`; null has none. `projection`: see `zo_dist.Projection`; null never projects. `arms`: a
-    regular expression for arms finer than a layer; null has none.
+    regular expression for arms finer than a layer; null has none. `conservative` needs `model.dtype:
+    float32`.
     """
 
     lr: float
@@ -173,6 +175,7 @@ class OptimizerConfig:
     anchor: Anchor | None = None
     arms: str | None = None
     projection: Projection | None = None
+    conservative: bool = False
     rounding: Rounding = "stochastic"
     weight_decay: float = 0.0
     seed: int = 0
@@ -193,13 +196,15 @@ class OptimizerConfig:
         structure = None if self.structure is None else self.structure.build()
         noise = noise_of(self.noise, self.seed, False, structure, {})
         if rule.factored:
-            noise.require_product()
+            noise.require_factor(rule.lasting)
         coefficients.bind(self.directions)
         curvature = Curvature(self.curvature)
         curvature.require(self.build_estimator(), self.scale.build(), rule, self.sampler.build())
         anchor = Anchored(self.anchor)
         anchor.require(coefficients, rule, curvature)
         Projected(self.projection).require(anchor)
+        if self.conservative:
+            require_trials(rule, curvature, anchor)
 
     def build_estimator(self) -> Estimator:
         makes = {"two_sided": TwoSided, "one_sided": OneSided, "three_sided": ThreeSided}
@@ -282,6 +287,9 @@ class Config:
     train: TrainConfig
 
     def __post_init__(self) -> None:
+        if self.optimizer.conservative:
+            # Trials differ where they are stored, and where they are computed.
+            require_fine_weights([self.model.torch_dtype, self.engine.torch_compute_dtype or torch.float32])
         per_row = self.optimizer.directions_per_row
         if self.optimizer.directions > self.train.rows * per_row:
             raise ValueError(

@@ -115,15 +115,45 @@ class LowRankNoise(MatrixNoise):
         offset: int = 0,
         numel: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        rows = range(self._rows[name]) if numel is None else self._rows_of(name, offset, numel)
-        return self._left(name, step, terms, rows, device), self._right(name, step, device)
+        place = offset, numel
+        return self.sides_of(name, step, self.factor(name, step, terms, device, *place), *place)
 
-    def require_product(self) -> None:
-        """It is one."""
+    def factor(
+        self,
+        name: str,
+        step: int,
+        terms: Sequence[tuple[int, float]],
+        device: torch.device,
+        offset: int = 0,
+        numel: int | None = None,
+    ) -> Tensor:
+        if self._rank.fixed:
+            return self._drawn(f"{name}\0weights", step, terms, 0, 1, self._rank.rank, device).view(-1)
+        return self._left(name, step, terms, self._rows_of(name, offset, numel), device).view(-1)
 
-    def left_span(self, span: Span) -> Span:
+    def sides_of(
+        self, name: str, step: int, factor: Tensor, offset: int = 0, numel: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        rows, right = self._rows_of(name, offset, numel), self._right(name, step, factor.device)
+        if not self._rank.fixed:
+            return factor.view(len(rows), -1), right
+        width = self._rank.rank
+        left = self._drawn(f"{name}\0left", 0, _ITSELF, rows.start, len(rows), width, factor.device)
+        return (left * factor).mul_(width**-0.5), right
+
+    def require_factor(self, lasting: bool) -> None:
+        if lasting and not self._rank.fixed:
+            raise ValueError(
+                "factored is true: Adam is to keep its moments in the weights of products that last for the "
+                "run, but sides are refreshed; set fixed of structure LowRank(...) to true, or factored to "
+                "false"
+            )
+
+    def factor_span(self, span: Span) -> Span:
         if not self.has_sides(span.name):
             return span
+        if self._rank.fixed:
+            return Span(span.name, span.flat.new_empty(self._rank.rank), 0)
         rows, inner = self._rows_of(span.name, span.offset, span.flat.numel()), self._widths(span.name)[1]
         return Span(span.name, span.flat.new_empty(len(rows) * inner), rows.start * inner)
 
@@ -135,8 +165,10 @@ class LowRankNoise(MatrixNoise):
         across = product(old, new.t()) / self._columns[name]
         left.copy_(product(left.view(-1, len(old)), across.to(left.device)).view(-1))
 
-    def _rows_of(self, name: str, offset: int, numel: int) -> range:
-        """Those that elements `offset ...` lie in."""
+    def _rows_of(self, name: str, offset: int, numel: int | None) -> range:
+        """Those that elements `offset ...` lie in, or all."""
+        if numel is None:
+            return range(self._rows[name])
         columns = self._columns[name]
         return range(offset // columns, -(-(offset + numel) // columns))
 
@@ -169,17 +201,13 @@ class LowRankNoise(MatrixNoise):
         rows: range,
         device: torch.device,
     ) -> Tensor:
-        """float32 `[len(rows), inner]`: `scale * left`, summed over `(direction, scale)` in order."""
+        """float32 `[len(rows), inner]`: `scale * left` that is not fixed, summed in order."""
         side, width = f"{name}\0left", self._widths(name)[0]
         if self._rank.orthonormal:
             key = self._drawn_at(step)
             left = self._drawn(side, key, _ITSELF, rows.start, len(rows), width, device)
             return product(left, self._core(name, step, terms).to(device)).to(torch.float32)
-        if self._rank.fixed:
-            left = self._drawn(side, 0, _ITSELF, rows.start, len(rows), width, device)
-            left *= self._drawn(f"{name}\0weights", step, terms, 0, 1, width, device)
-        else:
-            left = self._drawn(side, step, terms, rows.start, len(rows), width, device)
+        left = self._drawn(side, step, terms, rows.start, len(rows), width, device)
         return left.mul_(width**-0.5)
 
     def _core(self, name: str, step: int, terms: Sequence[tuple[int, float]]) -> Tensor:

@@ -159,7 +159,7 @@ class SGDConfig(RuleSection):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MomentumConfig(RuleSection):
-    """A running sum of estimates; 4 bytes per parameter, or with `factored` per row and rank (LOZO-M)."""
+    """A running sum of estimates; 4 bytes per parameter, with `factored` fewer (LOZO-M, TeZO-m)."""
 
     makes = Momentum
     name: Literal["momentum"] = "momentum"
@@ -169,7 +169,10 @@ class MomentumConfig(RuleSection):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamConfig(RuleSection):
-    """Adam, ZO-AdaMM (`amsgrad`), R-AdaZO (`second: momentum`); 8 or 12 bytes per parameter."""
+    """Adam, ZO-AdaMM (`amsgrad`), R-AdaZO (`second: momentum`); 8 or 12 bytes per parameter.
+
+    With `factored` 8 per rank of a matrix (TeZO-Adam).
+    """
 
     makes = Adam
     name: Literal["adam"] = "adam"
@@ -178,6 +181,7 @@ class AdamConfig(RuleSection):
     eps: float = 1e-8
     second: Moment = "estimate"
     amsgrad: bool = False
+    factored: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -139,19 +139,40 @@ class Noise:
         """
         raise TypeError(f"{type(self).__name__} is no product")
 
-    def require_product(self) -> None:
-        """ValueError if this noise is no product, of whose sides a rule that is `factored` moves one."""
+    def factor(
+        self,
+        name: str,
+        step: int,
+        terms: Sequence[tuple[int, float]],
+        device: torch.device,
+        offset: int = 0,
+        numel: int | None = None,
+    ) -> Tensor:
+        """float32, flat: what a step draws of `sides`, the first or numbers that weigh their products."""
+        raise TypeError(f"{type(self).__name__} is no product")
+
+    def sides_of(
+        self, name: str, step: int, factor: Tensor, offset: int = 0, numel: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `sides`, of what took the place of `factor`."""
+        raise TypeError(f"{type(self).__name__} is no product")
+
+    def require_factor(self, lasting: bool) -> None:
+        """ValueError if this noise has none that a rule that is `factored` moves.
+
+        `lasting`: it is to be of products that last for the run.
+        """
         raise ValueError(
-            "factored is true: the rule is to keep its momentum in one side of noise of low rank, but this "
+            "factored is true: the rule is to keep its moments in a factor of noise of low rank, but this "
             "noise has full rank; give structure LowRank(...), or set factored to false"
         )
 
-    def left_span(self, span: Span) -> Span:
-        """What a rule that is `factored` moves in place of `span`: of a matrix its rows of the first side.
+    def factor_span(self, span: Span) -> Span:
+        """What a rule that is `factored` moves in place of `span`: of a matrix its part of `factor`.
 
-        They are a span of that side, not filled in. Raises as `require_product`.
+        A span of that, not filled in. Raises as `require_factor`.
         """
-        self.require_product()
+        self.require_factor(False)
         return span
 
     def carry(self, name: str, left: Tensor, before: int, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -43,6 +44,7 @@ from zo_dist.selfcheck import check_engine, warn_of_coarse_weights
 from zo_dist.state import Stateful
 from zo_dist.structure import Structure, noise_of
 from zo_dist.trajectory import StepRecord, TrajectoryError
+from zo_dist.trials import Trials, require_fine_weights, require_trials
 from zo_dist.update import Terms, Write, update_span, use_each_kernel
 
 Perturb = Literal["module", "shard"]
@@ -70,6 +72,8 @@ class ZeroOrder(Stateful):
     weights; `noise`, `structure`, `scale`, `curvature`, `mask`: the directions themselves; `anchor`: a point
     to compare with; `projection`: steps back to the start (docs/methods.md has them all). A `curvature`
     implies `ThreeSided`. `arms`: a regular expression for arms finer than a layer (`params.group_arms`).
+    `conservative`: what a direction writes is tried first, by its rows, and kept, turned round or left
+    (ZO-SGD-Cons, arXiv 2402.11592); it needs float32 weights, `SGD`, and a second round of three forwards.
     `perturb`: `module` shifts a weight in a scratch copy while the module that owns it runs; `shard` shifts
     the local shards before a forward and restores their bytes after it (sides x directions forwards of
     their rows), for objectives and models that read weights outside the module that owns them.
@@ -103,6 +107,7 @@ class ZeroOrder(Stateful):
         anchor: Anchor | None = None,
         arms: str | None = None,
         projection: Projection | None = None,
+        conservative: bool = False,
         rounding: Rounding = "stochastic",
         seed: int = 0,
         max_skipped: int = 10,
@@ -148,10 +153,16 @@ class ZeroOrder(Stateful):
                 require_groups(self.anchor.directions, directions_per_row, "anchor.directions")
             self.projection = Projected(projection)
             self.projection.require(self.anchor)
+            self.trials = Trials() if conservative else None
+            if self.trials:
+                require_trials(self.rule, self.curvature, self.anchor)
+                require_fine_weights(p.param.dtype for p in self.params)
             self.rounding = Rounding16(rounding, self.noise)
             spans = self.engine.spans(self.params)
             self.rounding.begin(spans)
-            self.rule.begin([self.noise.left_span(s) for s in spans] if self.rule.factored else spans)
+            if self.rule.factored:
+                self.noise.require_factor(self.rule.lasting)
+            self.rule.begin([self.noise.factor_span(s) for s in spans] if self.rule.factored else spans)
             self.curvature.begin(spans, self.params, perturb)
             self.anchor.begin(spans)
             self.projection.begin(spans, self.params)
@@ -227,8 +238,7 @@ class ZeroOrder(Stateful):
             with self.clock.on("agree"):
                 alike = lr, draws, self.record, self.factors, self.projection.shifts
                 points = self.engine.reduce(of_rank, alike)
-        # A direction whose rows all weigh nothing (no labels) has no slope, and no share in the step.
-        losses = torch.where(points[..., 1] == 0.0, 0.0, points[..., 0] / points[..., 1])
+        losses = _means(points)
         sums = points[0]
         weights = sums[..., 1].sum(1)
         of_sides = (sums[..., 0].sum(0) / sums[..., 1].sum(0)).tolist()
@@ -239,12 +249,29 @@ class ZeroOrder(Stateful):
         # Most estimators tell none.
         bends = zip(way.estimator.curvatures(losses[0], way.eps).tolist(), weights.tolist(), strict=False)
         told = slopes.tolist(), coefs.tolist(), of_sides[:2], list(bends)
+        record = StepRecord.of(step, lr, draws, *told)
+        if self.trials and way is self and record.finite and lr:
+            record = self._tried(self.trials, evaluate, draws, record)
         # Not before: a step whose loss raised an error has not been, and can be taken again.
-        self.record, self.step_count = StepRecord.of(step, lr, draws, *told), step + 1
+        self.record, self.step_count = record, step + 1
         if not self.record.finite:
             return self._skip(step, lr)
         self._finish(self.record, draws)
         return float(sums[..., 0].sum() / sums[..., 1].sum())
+
+    def _tried(
+        self, trials: Trials, evaluate: Callable[[StepProbes], Tensor], draws: list[Draw], record: StepRecord
+    ) -> StepRecord:
+        """`record` with what of each direction is best: its part of the write, the opposite, or nothing."""
+        # What the write multiplies noise by, in place of the lengths of the probe.
+        writes = [replace(draw, lengths=scales) for draw, scales in zip(draws, record.scales, strict=True)]
+        with evaluating(self.engine.module):
+            with self.clock.on("forward"):
+                of_rank = self._sums(evaluate, writes, record.step, (trials, record.lr))
+            with self.clock.on("agree"):
+                sums = self.engine.reduce(of_rank, record)
+        kept = zip(record.coefs, trials.kept(_means(sums)), strict=True)
+        return replace(record, coefs=tuple(coef * times for coef, times in kept))
 
     def _finish(self, record: StepRecord, draws: list[Draw]) -> None:
         self.skipped_in_a_row = 0
@@ -330,9 +357,16 @@ class ZeroOrder(Stateful):
                 sums.append(self._sums(evaluate, draws, step))
         return torch.stack(sums)
 
-    def _sums(self, evaluate: Callable[[StepProbes], Tensor], draws: list[Draw], step: int) -> Tensor:
+    def _sums(
+        self,
+        evaluate: Callable[[StepProbes], Tensor],
+        draws: list[Draw],
+        step: int,
+        trial: tuple[Trials, float] | None = None,
+    ) -> Tensor:
+        """`trial`: where else probes lie, in which lengths."""
         try:
-            return evaluate(self._probes(draws, step))
+            return evaluate(self._probes(draws, step, trial))
         except PrefixUnsafeError as unsafe:
             # The same on every rank: it depends on the model and on the arms of all directions.
             if unsafe.owner is None:
@@ -342,11 +376,12 @@ class ZeroOrder(Stateful):
                 log.info("no shared prefix in steps that draw these weights: %s", unsafe)
                 owned = [p.name for p in self.params if any(o.module is unsafe.owner for o in p.owners)]
                 self.before_layers.update(owned)
-            return evaluate(self._probes(draws, step))
+            return evaluate(self._probes(draws, step, trial))
 
-    def _probes(self, draws: list[Draw], step: int) -> StepProbes:
+    def _probes(self, draws: list[Draw], step: int, trial: tuple[Trials, float] | None) -> StepProbes:
         if self.projection.due(step):
             return self.projection.probes(self.engine)
+        estimator, eps = trial or (self.estimator, self.eps)
         drawn = [[p for arm in d.arms for p in self.arms[arm].params] for d in draws]
         lengths = {
             (direction, p.name): length
@@ -355,7 +390,7 @@ class ZeroOrder(Stateful):
             for p in self.arms[arm].params
         }
         perturbation: ModulePerturbation | ShardPerturbation
-        of_step = self.noise, step, self.eps, self.factors, self.mask, self.curvature, lengths
+        of_step = self.noise, step, eps, self.factors, self.mask, self.curvature, lengths
         shifts = Shifts(*of_step, self.clock)
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
@@ -363,7 +398,7 @@ class ZeroOrder(Stateful):
             perturbation = ModulePerturbation(list(union.values()), shifts, shared)
         else:
             perturbation = ShardPerturbation(shifts, self.engine.publish)
-        return StepProbes(self.engine, drawn, self.directions_per_row, self.estimator, self.eps, perturbation)
+        return StepProbes(self.engine, drawn, self.directions_per_row, estimator, eps, perturbation)
 
     def _skip(self, step: int, lr: float) -> float:
         self.record = StepRecord(step, lr)
@@ -417,3 +452,11 @@ class ZeroOrder(Stateful):
             kinds,
             lambda w: use_each_kernel(w, self.rule, self.rounding.mode, self.noise, most, unfused),
         )
+
+
+def _means(sums: Tensor) -> Tensor:
+    """Mean losses, of `[..., 2]` sums of losses and weights.
+
+    A direction whose rows all weigh nothing (no labels) has no slope, and no share in the step.
+    """
+    return torch.where(sums[..., 1] == 0.0, 0.0, sums[..., 0] / sums[..., 1])

@@ -28,13 +28,15 @@ class Rule(Part):
 
     `keeps`: names of the float32 tensors that are kept beside each weight (4 bytes per parameter each),
     sharded as the weight is and zero at the start. `factored`: in a matrix whose noise has two sides, the
-    rule moves the first of these, keeps tensors of its shape, and the weights' move is the product. As in
-    MeZO, `weight_decay` leaves biases and norms alone (here: every parameter of fewer than two dimensions).
+    rule moves what a step draws of them (`Noise.factor`), and keeps tensors of its shape; the weights' move
+    is made of these. `lasting`: what it does not draw is to last for the run. As in MeZO, `weight_decay`
+    leaves biases and norms alone (here: every parameter of fewer than two dimensions).
     Under a sampler, weights that were not drawn do not decay, and what is kept of them stays as it is.
     """
 
     keeps: tuple[str, ...] = ()
     factored: bool = False
+    lasting: bool = False
 
     def __init__(self, weight_decay: float = 0.0) -> None:
         if not 0.0 <= weight_decay < math.inf:
@@ -45,7 +47,7 @@ class Rule(Part):
     def begin(self, spans: Sequence[Span]) -> None:
         """Make what is kept, by its name and that of the weight: called once, by `ZeroOrder`.
 
-        `spans`: what is moved (see `Noise.left_span`).
+        `spans`: what is moved (see `Noise.factor_span`).
         """
         self.offsets = {span.name: span.offset for span in spans}
         self.kept = {
@@ -89,7 +91,8 @@ class Momentum(Rule):
 
     `factored`, for noise of low rank alone: of a matrix, rank numbers per row are kept: LOZO-M (arXiv
     2410.07698). While a right side lasts the moves are the same. One that is new takes over what it can of
-    the momentum: of that of LOZO a share of some `sqrt(rank / columns)`, so this is nearly a new start.
+    the momentum: of that of LOZO a share of some `sqrt(rank / columns)`, so this is nearly a new start. Of
+    fixed sides, rank numbers per matrix are all: TeZO-m (arXiv 2501.19057).
     """
 
     keeps = ("momentum",)
@@ -112,7 +115,14 @@ class Adam(Rule):
     is lower (R-AdaZO, arXiv 2502.01014). `beta1`, `beta2` in [0, 1); `eps` >= 0. Keeps two tensors, with
     `amsgrad` three. Moments of a weight count its own writes, so that a bias is corrected under any
     sampler.
+
+    `factored`, for noise of low rank with fixed sides alone: of a matrix, both moments of the rank numbers
+    that a step draws are kept: TeZO-Adam (arXiv 2501.19057). The first makes the momentum as it would be, the
+    second the sum of the products' squares, without their products with each other, whose mean is small
+    (docs/methods.md, Rules). With rank 1 it is Adam. Not with `amsgrad` or `second="momentum"`.
     """
+
+    lasting = True
 
     def __init__(
         self,
@@ -122,6 +132,7 @@ class Adam(Rule):
         second: Moment = "estimate",
         amsgrad: bool = False,
         weight_decay: float = 0.0,
+        factored: bool = False,
     ) -> None:
         super().__init__(weight_decay)
         self.beta1, self.beta2 = _share("beta1", beta1), _share("beta2", beta2)
@@ -129,10 +140,22 @@ class Adam(Rule):
             raise ValueError(f"eps is {eps}; it must be finite and at least 0")
         if second not in get_args(Moment):
             raise ValueError(f"second is {second!r}; use one of {', '.join(get_args(Moment))}")
-        self.eps, self.second, self.amsgrad = eps, second, amsgrad
+        if factored and (amsgrad or second != "estimate"):
+            raise ValueError(
+                f"factored is true, but amsgrad is {amsgrad} and second {second!r}: what is kept of a factor "
+                "is the second moment of its estimate; set amsgrad to false and second to estimate, or "
+                "factored to false"
+            )
+        self.eps, self.second, self.amsgrad, self.factored = eps, second, amsgrad, factored
         self.keeps = ("momentum", "second", "highest") if amsgrad else ("momentum", "second")
+        if factored:
+            self.keeps = ("factored_momentum", "factored_second")
 
     def move(self, estimate: Tensor, kept: Sequence[Tensor], writes: int) -> Tensor:
+        return self.quotient(*self.moments(estimate, kept, writes))
+
+    def moments(self, estimate: Tensor, kept: Sequence[Tensor], writes: int) -> tuple[Tensor, Tensor]:
+        """Both, bias corrected; brings `kept` up to date."""
         # No lerp, addcmul or alpha: fused multiply-adds round otherwise at the ends of a tensor.
         momentum = kept[0].mul_(self.beta1).add_(estimate * (1.0 - self.beta1))
         unbiased = momentum / (1.0 - self.beta1**writes)
@@ -140,9 +163,13 @@ class Adam(Rule):
         second = kept[1].mul_(self.beta2).add_(seen * seen * (1.0 - self.beta2))
         if self.amsgrad:
             second = torch.maximum(second, kept[2], out=kept[2])
-        root = square_root(second / (1.0 - self.beta2**writes)).add_(self.eps)
+        return unbiased, second / (1.0 - self.beta2**writes)
+
+    def quotient(self, momentum: Tensor, second: Tensor) -> Tensor:
+        """The move, of both moments of a weight."""
+        root = square_root(second).add_(self.eps)
         # Where both moments are 0 there is nowhere to go, whatever eps is.
-        return torch.where(root == 0.0, 0.0, unbiased / root)
+        return torch.where(root == 0.0, 0.0, momentum / root)
 
 
 class Sign(Rule):

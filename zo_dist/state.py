@@ -16,6 +16,7 @@ from zo_dist.part import Part
 from zo_dist.projection import Projected
 from zo_dist.rounding import Rounding16
 from zo_dist.rules import Rule
+from zo_dist.trials import Trials
 
 
 class Stateful(torch.optim.Optimizer):
@@ -30,6 +31,7 @@ class Stateful(torch.optim.Optimizer):
     curvature: Curvature
     anchor: Anchored
     projection: Projected
+    trials: Trials | None
     eps: float
     directions: int
     directions_per_row: int
@@ -48,6 +50,7 @@ class Stateful(torch.optim.Optimizer):
         settings.update(directions_per_row=self.directions_per_row)
         settings.update(perturb=self.perturb, noise=self.noise.kind, seed=self.noise.seed)
         settings.update(rounding=self.rounding.mode, max_skipped=self.max_skipped)
+        settings.update(conservative=self.trials is not None)
         for name, part in {"estimator": self.estimator, **self.parts}.items():
             settings[name] = [type(part).__name__, part.options]
         settings["arms"] = [arm.name for arm in self.arms]

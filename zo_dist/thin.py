@@ -44,14 +44,34 @@ class Thin:
         last, most = -(-end // columns), max(_ROWS, size // columns)
         for row in range(offset // columns, last, most):
             stop = min(row + most, last)
-            values = (self._left[row - self._first : stop - self._first] @ self._right).view(-1)
+            values = self._product(self._left[row - self._first : stop - self._first]).view(-1)
             a, b = max(offset, row * columns), min(end, stop * columns)
             values = values[a - row * columns : b - row * columns]
             yield slice(a - offset, b - offset), values.to(torch.float32)
 
     def rows(self, which: Tensor) -> Tensor:
         """float32 `[len(which), columns]`: these of the rows in `left`."""
-        return (self._left[which] @ self._right).to(torch.float32)
+        return self._product(self._left[which]).to(torch.float32)
+
+    def _product(self, left: Tensor) -> Tensor:
+        return left @ self._right
+
+
+class SquareSum(Thin):
+    """The sum over k of `(left[:, k] * right[k])**2`, added up in that order, as `Thin` gives its product.
+
+    Numbers are not cut: of those far below the largest in their row nothing would be left, to divide by.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, offset: int = 0) -> None:
+        self._left, self._right = (side.to(torch.float64).square() for side in (left, right))
+        self._first = offset // right.shape[1]
+
+    def _product(self, left: Tensor) -> Tensor:
+        first, *others = (left[:, k : k + 1] * self._right[k] for k in range(len(self._right)))
+        for other in others:
+            first += other
+        return first
 
 
 def inverse_root(gram: Tensor) -> Tensor:

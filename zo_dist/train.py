@@ -92,6 +92,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         anchor=settings.anchor,
         arms=settings.arms,
         projection=settings.projection,
+        conservative=settings.conservative,
         rounding=settings.rounding,
         seed=settings.seed,
         max_skipped=settings.max_skipped,

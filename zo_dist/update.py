@@ -7,7 +7,7 @@ but not where a mask leaves some weights out or a curvature divides the sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +19,8 @@ from zo_dist.mask import Mask
 from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise, to_device
 from zo_dist.params import Param, Span
 from zo_dist.rounding import Rounding, Rounding16
-from zo_dist.rules import SGD, Rule
-from zo_dist.thin import Thin
+from zo_dist.rules import SGD, Adam, Rule, square_root
+from zo_dist.thin import SquareSum, Thin
 
 # Elements per pass and core: their float32 sums stay in its cache over all directions. A GPU takes
 # more at once, because a call takes it less time than it takes the processor to ask for it.
@@ -110,17 +110,38 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
             rounding.write(flat, exact, lost, span.name, step, offset)
 
 
-def _thin(span: Span, terms: Terms, write: Write) -> Thin:
+def _thin(span: Span, terms: Terms, write: Write) -> Thin | _Quotients:
     """The estimate as one product of two sides; with a rule that is factored, the move."""
-    rule, noise = write.rule, write.noise
-    place = span.flat.device, span.offset, span.flat.numel()
-    left, right = noise.sides(span.name, write.step, terms.of_step, *place)
+    rule, noise, place = write.rule, write.noise, (span.offset, span.flat.numel())
+    factor = noise.factor(span.name, write.step, terms.of_step, span.flat.device, *place)
+
+    def sides_of(factor: Tensor) -> tuple[Tensor, Tensor]:
+        return noise.sides_of(span.name, write.step, factor, *place)
+
     if rule.factored:
         kept = [rule.kept[key][span.name] for key in rule.keeps]
         for tensor in kept:
             noise.carry(span.name, tensor, terms.last, write.step)
-        left = rule.move(left.reshape(-1), kept, terms.writes).view(left.shape)
-    return Thin(left, right, span.offset)
+        if isinstance(rule, Adam):
+            momentum, second = rule.moments(factor, kept, terms.writes)
+            squares = SquareSum(*sides_of(square_root(second)), span.offset)
+            return _Quotients(rule, Thin(*sides_of(momentum), span.offset), squares)
+        factor = rule.move(factor, kept, terms.writes)
+    return Thin(*sides_of(factor), span.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Quotients:
+    """The move of Adam that is factored, some elements at a time: see `Thin`."""
+
+    rule: Adam
+    momentum: Thin
+    second: SquareSum
+
+    def pieces(self, offset: int, numel: int) -> Iterator[tuple[slice, Tensor]]:
+        moments = (of.pieces(offset, numel) for of in (self.momentum, self.second))
+        for (piece, momentum), (_, second) in zip(*moments, strict=True):
+            yield piece, self.rule.quotient(momentum, second)
 
 
 def _new_weights(move: Tensor, scalars: Tensor, flat: Tensor, lost: Tensor | None = None) -> Tensor:

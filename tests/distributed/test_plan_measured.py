@@ -43,6 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "perturb": "shard",
     },
     "anchor": {"directions": 2, "anchor": {"every": 50}},
+    "conservative": {"directions": 2, "conservative": True},
+    "conservative, shard": {"directions": 2, "conservative": True, "perturb": "shard"},
     "curvature": {
         "directions": 2,
         "perturb": "shard",

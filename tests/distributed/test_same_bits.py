@@ -298,11 +298,12 @@ def test_the_bits_do_depend_on_what_they_should() -> None:
         *((*base[:6], shape, *base[7:]) for shape in table.COEFFICIENTS if shape != "raw"),
         *((*base[:7], rule, *base[8:]) for rule in table.RULES if rule not in ("sgd", *table.OF_FULL_RANK)),
         *((*base[:4], "lozo", *base[5:7], rule, *base[8:]) for rule in ("momentum", "lozo_m")),
+        *((*base[:4], "tezo", *base[5:7], rule, *base[8:]) for rule in ("adam", "tezo_adam")),
         (*base[:8], "small", "none"),
         *((*base[:9], besides) for besides in table.BESIDES if besides != "none"),
     ]
     start = digest(dict(build("sequential", torch.bfloat16).named_parameters()))
-    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 30
+    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 32
 
 
 # End to end: the losses are the model's own.

@@ -165,7 +165,7 @@ def memory(mode: Mode, optimizer: ZeroOrder, gathers: Gathers, drawn: Drawn, per
     spans = _spans(mode, optimizer.params)
     noise = optimizer.noise
     optimizer.rounding.begin(spans)
-    optimizer.rule.begin([noise.left_span(s) for s in spans] if optimizer.rule.factored else spans)
+    optimizer.rule.begin([noise.factor_span(s) for s in spans] if optimizer.rule.factored else spans)
     optimizer.curvature.begin(spans, optimizer.params, mode.perturb)
     optimizer.anchor.begin(spans)
     optimizer.projection.begin(spans, optimizer.params)
@@ -201,11 +201,18 @@ def memory(mode: Mode, optimizer: ZeroOrder, gathers: Gathers, drawn: Drawn, per
     )
 
 
+def signs_of(optimizer: ZeroOrder) -> list[tuple[float, ...]]:
+    """Of each time that a step's rows are run, where a direction's probes lie."""
+    signs = [optimizer.estimator.signs] * (2 if optimizer.anchor.every else 1)
+    return [*signs, optimizer.trials.signs] if optimizer.trials else signs
+
+
 def traffic(mode: Mode, optimizer: ZeroOrder, gathers: Gathers, work: Work, count: int) -> Traffic:
     """`count`: all ranks."""
-    points = 2 if optimizer.anchor.every else 1
-    numbers = _COUNTED + _DIGEST + 2 * points * len(optimizer.estimator.signs) * optimizer.directions
-    exchanges = 2
+    sides = sum(map(len, signs_of(optimizer)))
+    numbers, exchanges = _COUNTED + _DIGEST + 2 * sides * optimizer.directions, 2
+    if optimizer.trials:
+        numbers, exchanges = numbers + _DIGEST, exchanges + 1
     if isinstance(optimizer.scale, LearnedScale):
         numbers, exchanges = numbers + _MOMENTS * len(optimizer.params), exchanges + 2
     elements, put_in = (work.rounds * sum(of) for of in (gathers.elements, gathers.put_in))
@@ -233,9 +240,8 @@ def seconds(
     local = sum(_nbytes(s.flat) for s in _spans(mode, optimizer.params))
     # A shard that is offloaded is shifted and written where it lies.
     there = taken.host_gbps * 1e9 / cluster.per_node * taken.hbm if mode.offload else hbm
-    points = 2 if optimizer.anchor.every else 1
     if mode.perturb == "shard":
-        shifted = sum(sign != 0.0 for sign in optimizer.estimator.signs) * optimizer.directions * points
+        shifted = sum(sign != 0.0 for signs in signs_of(optimizer) for sign in signs) * optimizer.directions
         # Copied, shifted, put back: each reads and writes.
         noise += 6 * shifted * drawn.share * local / there
     latency = (sent.gathers + sent.exchanges) * taken.latency_us * 1e-6

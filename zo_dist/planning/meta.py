@@ -29,6 +29,7 @@ from zo_dist.optimizer import ZeroOrder
 from zo_dist.probes import StepProbes, rows_of_groups
 from zo_dist.samplers import Draw
 from zo_dist.tasks import choice_loss, option_nll_loss
+from zo_dist.trials import Trials
 
 aten = torch.ops.aten
 
@@ -277,14 +278,15 @@ def busiest_rows(total: int, ranks: int, micro: int | None, groups: int) -> tupl
     return first, count, -(-most // count)
 
 
-def trace_step(optimizer: ZeroOrder, draws: list[Draw], rows: Rows) -> Traced:
-    """One stacked forward of a step in module mode, with these draws, on the meta device."""
+def trace_step(optimizer: ZeroOrder, draws: list[Draw], rows: Rows, trial: bool = False) -> Traced:
+    """One stacked forward of a step, or its trial, in module mode, with these draws, on the meta device."""
+    how = (Trials(), 1.0) if trial else None
 
     def evaluate(probes: StepProbes, batch: Mapping[str, Tensor], row_loss: Any) -> None:
         probes.by_rows([batch], row_loss, rows.first, rows.total, 1)
 
     return _traced(
-        optimizer, rows, lambda b, f: optimizer._sums(lambda p: _done(evaluate, p, b, f), draws, 0)
+        optimizer, rows, lambda b, f: optimizer._sums(lambda p: _done(evaluate, p, b, f), draws, 0, how)
     )
 
 

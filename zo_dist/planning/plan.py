@@ -217,20 +217,28 @@ class _Subject:
         arms = tuple(range(len(optimizer.arms)))
         ones = (1.0,) * len(arms)
         every = [Draw(arms, ones, ones)] * optimizer.directions
-        worst = trace_step(optimizer, every, self._rows)
-        rounds = self.num_forwards * points
+        times, tries = self.num_forwards * points, (False, True) if optimizer.trials else (False,)
+        # That of a trial has the more sides.
+        of_all = [(trace_step(optimizer, every, self._rows, trial), float(times)) for trial in tries]
+        worst, rounds = of_all[-1][0], times * len(tries)
         if self._dense:
-            return Work(worst=worst, forwards=((worst, rounds),), rounds=rounds)
+            return Work(worst=worst, forwards=tuple(of_all), rounds=rounds)
         draws = [optimizer._draws(step, optimizer.directions) for step in range(_DRAWS)]
-        some = tuple((trace_step(optimizer, each, self._rows), rounds / _DRAWS) for each in draws)
+        some = tuple(
+            (trace_step(optimizer, each, self._rows, trial), times / _DRAWS)
+            for each in draws
+            for trial in tries
+        )
         return Work(worst=worst, forwards=some, rounds=rounds)
 
     def _one_by_one(self) -> Work:
         """A forward for each probe and micro-batch, on the rows of its group, or on one that fills in."""
-        optimizer, rows, signs = self.optimizer, self._rows, self.optimizer.estimator.signs
+        optimizer, rows = self.optimizer, self._rows
         # Of the directions of a group, which share their unshifted side.
-        sides = optimizer.directions_per_row * sum(sign != 0.0 for sign in signs) + (0.0 in signs)
-        sides *= 2 if optimizer.anchor.every else 1
+        sides = sum(
+            optimizer.directions_per_row * sum(sign != 0.0 for sign in signs) + (0.0 in signs)
+            for signs in formulas.signs_of(optimizer)
+        )
         times: Counter[int] = Counter()
         for micro in range(self.num_forwards):
             start = rows.first + micro * rows.count
