@@ -209,11 +209,9 @@ class StepProbes:
         perturbation, stacked = self._perturbation, sum(rows for _, rows in live)
 
         def part(start: int, stop: int) -> Tensor:
-            some = _within(live, pieces, start, stop)
-            with perturbation.probes(
-                [(probe, b - a) for probe, (a, b) in some], [piece for _, piece in some]
-            ):
-                return self._row_losses(batch, [piece for _, piece in some], row_loss)
+            probes, ranges = _within(live, pieces, start, stop)
+            with perturbation.probes(probes, ranges):
+                return self._row_losses(batch, ranges, row_loss)
 
         sums = self._engine.evaluate(part, stacked, 2)
         if not counts:
@@ -230,12 +228,14 @@ class StepProbes:
         probe: Probe,
         row_loss: RowLoss,
     ) -> None:
+
+        def losses_from(first: int) -> Callable[[int, int], Tensor]:
+            return lambda start, stop: self._row_losses(batch, [(first + start, first + stop)], row_loss)
+
         start = 0
         for mine, rows in share:
             if mine == group:
-                before = start
-                part = lambda a, b: self._row_losses(batch, [(before + a, before + b)], row_loss)  # noqa: E731
-                self._seen[probe.direction][side].append(self._engine.evaluate(part, rows, 2))
+                self._seen[probe.direction][side].append(self._engine.evaluate(losses_from(start), rows, 2))
                 return
             start += rows
         self._engine.evaluate(lambda *_: self._row_losses(first_row(batch, 1), [(0, 1)], row_loss), 1, 2)
@@ -295,15 +295,16 @@ def _scalar(value: Tensor | float) -> Tensor:
 
 def _within(
     live: list[tuple[Probe, int]], pieces: list[tuple[int, int]], start: int, stop: int
-) -> list[tuple[Probe, tuple[int, int]]]:
-    """The probes of stacked rows `start ... stop - 1`, each with the row range of the batch that it has there."""
-    some, first = [], 0
+) -> tuple[list[tuple[Probe, int]], list[tuple[int, int]]]:
+    """`live` and `pieces` of the stacked rows `start ... stop - 1` alone."""
+    probes, ranges, first = [], [], 0
     for (probe, rows), (begin, _) in zip(live, pieces, strict=True):
         a, b = max(start - first, 0), min(stop - first, rows)
         if a < b:
-            some.append((probe, (begin + a, begin + b)))
+            probes.append((probe, b - a))
+            ranges.append((begin + a, begin + b))
         first += rows
-    return some
+    return probes, ranges
 
 
 def rows_of(batch: Batch, pieces: list[tuple[int, int]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def pipeline(model: nn.Module, num_micro_batches: int, device: torch.device | No
     """Cut a causal language model of transformers, whole on each rank, into one stage per rank; returns it.
 
     Rank s keeps layers `s L/S ... (s+1) L/S - 1` of L, the first also what runs before them and the last
-    what runs after; all other weights lose their memory, and what stays moves to `device`. `ZeroOrder` then takes the model, every rank gives
+    what runs after; all other weights lose their memory. What stays moves to `device`. `ZeroOrder` then takes the model, every rank gives
     the same rows to `step_batch`, and all probes of a batch flow as `num_micro_batches` parts of equal rows,
     or nearly: the S - 1 parts' time for which a stage waits is (S-1)/(num_micro_batches+S-1) of a forward.
     A weight tied between embeddings and head is on the first and on the last rank.
