@@ -20,11 +20,11 @@ class Injected:
     """A row loss that runs the model, so that its weights are gathered, and returns known numbers.
 
     They depend on the step, the row, which of the row's directions it is, and the side. Which ones a call is
-    for follows from the contract: in module mode each micro-batch is one call in which a row comes with all
-    sides of its first direction, the + first, then with those of the next; in shard mode, as in the
-    reference, there is one call for each direction, side and micro-batch. An unshifted side is the same for
-    all directions of a row, and is called for but once, except by the reference. The numbers are multiples
-    of 2**-10, so sums of them are exact in any order.
+    for follows from the contract: in module mode each micro-batch is one call (under a pipeline, several) in
+    which a row comes with all sides of its first direction, the + first, then with those of the next; in
+    shard mode, as in the reference, there is one call for each direction, side and micro-batch. An unshifted
+    side is the same for all directions of a row, and is called for but once, except by the reference. The
+    numbers are multiples of 2**-10, so sums of them are exact in any order.
     """
 
     def __init__(
@@ -48,17 +48,21 @@ class Injected:
         groups = directions // per_row
         self.calls_per_step = num_forwards * (1 if mode == "module" else groups * len(self.order))
         self.calls = 0
+        # How often a step has come to each row.
+        self.seen: dict[int, int] = {}
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         loss_of(model, batch)
         step, turn = self.calls // self.calls_per_step, self.calls // self.num_forwards % len(self.order)
+        if self.calls % self.calls_per_step == 0:
+            self.seen = {}
         self.calls += 1
-        seen: dict[int, int] = {}
         losses = []
         for row in batch["row"].tolist():
-            place = self.order[seen.get(row, 0) if self.mode == "module" else turn]
+            # A rank that has no rows left repeats some, which do not count.
+            place = self.order[self.seen.get(row, 0) % len(self.order) if self.mode == "module" else turn]
             losses.append(known_loss(step, row, *place))
-            seen[row] = seen.get(row, 0) + 1
+            self.seen[row] = self.seen.get(row, 0) + 1
             if self.nan_at == (step, row):
                 losses[-1] = float("nan")
         weights = [1.0 + row % 3 for row in batch["row"].tolist()]

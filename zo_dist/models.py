@@ -54,7 +54,7 @@ def longest_input(hf_config: Any) -> int | None:
 
 
 def choose_engine(config: Config, num_ranks: int) -> str:
-    """`replicated`, `fsdp2`, `deepspeed` or `pipeline`: what `auto` means for this config and so many ranks."""
+    """`replicated`, `fsdp2`, `deepspeed` or `pipeline`: what `auto` means on so many ranks."""
     if config.engine.kind != "auto":
         return config.engine.kind
     if config.engine.deepspeed is not None:

@@ -216,8 +216,8 @@ class StepProbes:
         sums = self._engine.evaluate(part, stacked, 2)
         if not counts:
             return
-        for place, part in zip(places, torch.split(sums, [rows for _, rows in live]), strict=True):
-            place.append(part)
+        for place, of_probe in zip(places, torch.split(sums, [rows for _, rows in live]), strict=True):
+            place.append(of_probe)
 
     def _one_probe(
         self,
@@ -297,7 +297,9 @@ def _within(
     live: list[tuple[Probe, int]], pieces: list[tuple[int, int]], start: int, stop: int
 ) -> tuple[list[tuple[Probe, int]], list[tuple[int, int]]]:
     """`live` and `pieces` of the stacked rows `start ... stop - 1` alone."""
-    probes, ranges, first = [], [], 0
+    probes: list[tuple[Probe, int]] = []
+    ranges: list[tuple[int, int]] = []
+    first = 0
     for (probe, rows), (begin, _) in zip(live, pieces, strict=True):
         a, b = max(start - first, 0), min(stop - first, rows)
         if a < b:

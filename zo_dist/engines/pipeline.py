@@ -24,11 +24,12 @@ _STAGE = "_zo_dist_stage"
 def pipeline(model: nn.Module, num_micro_batches: int, device: torch.device | None = None) -> nn.Module:
     """Cut a causal language model of transformers, whole on each rank, into one stage per rank; returns it.
 
-    Rank s keeps layers `s L/S ... (s+1) L/S - 1` of L, the first also what runs before them and the last
-    what runs after; all other weights lose their memory. What stays moves to `device`. `ZeroOrder` then takes the model, every rank gives
-    the same rows to `step_batch`, and all probes of a batch flow as `num_micro_batches` parts of equal rows,
-    or nearly: the S - 1 parts' time for which a stage waits is (S-1)/(num_micro_batches+S-1) of a forward.
-    A weight tied between embeddings and head is on the first and on the last rank.
+    Rank s of S keeps layers `s L / S ... (s + 1) L / S - 1` of L, the first also what runs before them and
+    the last what runs after. All other weights lose their memory, and what stays moves to `device`. `ZeroOrder`
+    takes the result; every rank gives the same rows to `step_batch`. All probes of a batch flow through the
+    ranks in at most `num_micro_batches` (M) parts of equally many rows, so that a rank waits for
+    (S - 1) / (M + S - 1) of the time. A weight tied between embeddings and head is on the first rank and on
+    the last.
 
     Every rank must call it. Cost: a forward of two tokens of the whole model, and one of the pipeline, which
     must give the same logits. Raises ValueError on every rank for more ranks than layers, ranks whose weights
@@ -76,7 +77,7 @@ class PipelineEngine(Engine):
         here = [param for param in module.parameters() if param.device.type != "meta"]
         super().__init__(module, here[0].device)
         self.group, self.num_groups = 0, 1
-        self._schedule: tuple[object, ScheduleGPipe] | None = None
+        self._schedule: tuple[object, PipelineStage, ScheduleGPipe] | None = None
         named = {canonical_name(name): param for name, param in module.named_parameters()}
         held = self.exchange([float(param.device.type != "meta") for param in named.values()]).bool()
         ranks = {name: held[:, i].nonzero().flatten().tolist() for i, name in enumerate(named)}
@@ -110,26 +111,30 @@ class PipelineEngine(Engine):
         windows = [(start, start + size) for start in (min(i, rows - size) for i in range(0, rows, size))]
         hidden = self._stage.hidden_of(lambda: part(*windows[0]))
         self._parts.begin(part, windows, hidden.shape)
+        stage, schedule = self._schedule_for(len(windows), hidden)
         try:
-            out = self._schedule_for(len(windows), hidden).eval(number=torch.arange(len(windows)))
+            out = schedule.eval(number=torch.arange(len(windows)))
         except RuntimeError as error:
             # torch's own says no more than that a stage failed.
             raise error.__cause__ or error from None
+        finally:
+            # What went through is kept for a backward pass otherwise.
+            stage.clear_runtime_states()
         result = torch.zeros(rows, width, dtype=torch.float64)
         if self._stage.is_last:
             for (start, stop), values in zip(windows, torch.split(out, size), strict=True):
                 result[start:stop] = values
         return result
 
-    def _schedule_for(self, count: int, hidden: Tensor) -> ScheduleGPipe:
+    def _schedule_for(self, count: int, hidden: Tensor) -> tuple[PipelineStage, ScheduleGPipe]:
         """One that sends tensors like `hidden`: torch's have fixed shapes, and agree on them when new."""
         key = count, hidden.shape, hidden.dtype
         if self._schedule is None or self._schedule[0] != key:
             place = self._stage.index, self._stage.num_stages, self.device
             like = torch.empty_like(hidden, device="meta")
             stage = PipelineStage(self._parts, *place, input_args=like, output_args=like)
-            self._schedule = key, ScheduleGPipe(stage, count)
-        return self._schedule[1]
+            self._schedule = key, stage, ScheduleGPipe(stage, count)
+        return self._schedule[1:]
 
 
 class _Parts(nn.Module):

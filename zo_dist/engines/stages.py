@@ -65,9 +65,9 @@ class Stage:
 class _Seen:
     """What one forward of the whole model showed of it."""
 
-    # What owns weights and runs before the layers: its output, and whether that has one axis more than the
-    # input, as of an embedding.
-    before: dict[nn.Module, tuple[Tensor, bool]]
+    # What owns weights and runs before the layers: the dtype and width of its output, and whether that has
+    # one axis more than the input, as of an embedding.
+    before: dict[nn.Module, tuple[torch.dtype, int, bool]]
     after: set[nn.Module]
     logits: Tensor
 
@@ -99,8 +99,8 @@ def cut_into_stage(
     stage = Stage(index, num_stages, num_micro_batches, layers[0], frozenset(runs))
     _drop_weights(owners, runs)
     if index > 0:
-        for owner, (out, adds_axis) in seen.before.items():
-            owner.forward = _zeros_like_output(out, adds_axis)
+        for owner, form in seen.before.items():
+            owner.forward = _zeros(*form)
     for i, layer in enumerate(layers):
         if not first <= i < stop:
             layer.forward = _elsewhere(stage, i - first)
@@ -161,7 +161,7 @@ def _observe(module: nn.Module, layers: list[nn.Module], outside: dict[nn.Module
             return
         if entered or not isinstance(out, Tensor):
             raise _uncut(f"{outside[owner]} runs between its layers, or returns no tensor")
-        seen.before[owner] = out, out.ndim > _first_tensor(args, kwargs).ndim
+        seen.before[owner] = out.dtype, out.shape[-1], out.ndim > _first_tensor(args, kwargs).ndim
 
     hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(leave) for layer in layers]
@@ -198,10 +198,10 @@ def _drop_weights(owners: list[tuple[str, nn.Module, nn.Module]], runs: set[nn.M
                 holder._parameters[attribute] = stand_ins[param]
 
 
-def _zeros_like_output(out: Tensor, adds_axis: bool) -> Callable[..., Tensor]:
+def _zeros(dtype: torch.dtype, width: int, adds_axis: bool) -> Callable[..., Tensor]:
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        shape = _first_tensor(args, kwargs).shape
-        return out.new_zeros((*(shape if adds_axis else shape[:-1]), out.shape[-1]))
+        x = _first_tensor(args, kwargs)
+        return x.new_zeros((*(x.shape if adds_axis else x.shape[:-1]), width), dtype=dtype)
 
     return forward
 
