@@ -25,9 +25,9 @@ def pipeline(model: nn.Module, num_micro_batches: int, device: torch.device | No
     """Cut a causal language model of transformers, whole on each rank, into one stage per rank; returns it.
 
     Rank s of S keeps layers `s L / S ... (s + 1) L / S - 1` of L, the first also what runs before them and
-    the last what runs after. All other weights lose their memory, and what stays moves to `device`. `ZeroOrder`
-    takes the result; every rank gives the same rows to `step_batch`. All probes of a batch flow through the
-    ranks in at most `num_micro_batches` (M) parts of equally many rows, so that a rank waits for
+    the last what runs after. All other weights lose their memory, and what stays moves to `device`.
+    `ZeroOrder` takes the result; every rank gives the same rows to `step_batch`. All probes of a batch flow
+    through the ranks in at most `num_micro_batches` (M) parts of equally many rows, so that a rank waits for
     (S - 1) / (M + S - 1) of the time. A weight tied between embeddings and head is on the first rank and on
     the last.
 
