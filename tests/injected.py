@@ -22,12 +22,12 @@ class Injected:
     """A row loss that runs the model, so that its weights are gathered, and returns known numbers.
 
     They depend on the step, the row, which of the row's directions it is, and the side. Which ones a call is
-    for follows from the contract: in module mode each micro-batch is one call in which a row comes with all
-    sides of its first direction, the + first, then with those of the next; in shard mode, as in the
-    reference, there is one call for each direction, side and micro-batch. An unshifted side is the same for
-    all directions of a row, and is called for but once, except by the reference. A step of a `search` is
-    always one direction in shard mode. The numbers are multiples of 2**-10, so sums of them are exact in any
-    order.
+    for follows from the contract: in module mode each micro-batch is one call (under a pipeline, several) in
+    which a row comes with all sides of its first direction, the + first, then with those of the next; in
+    shard mode, as in the reference, there is one call for each direction, side and micro-batch. An unshifted
+    side is the same for all directions of a row, and is called for but once, except by the reference. A step
+    of a `search` is always one direction in shard mode. The numbers are multiples of 2**-10, so sums of them
+    are exact in any order.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class Injected:
         ]
         self.groups = directions // per_row
         self.turns = self._turns()
+        # How often a step has come to each row.
+        self.step, self.seen = 0, dict[int, int]()
 
     def _turns(self) -> Iterator[tuple[int, tuple[int, int] | None]]:
         """Of each call the step, and, if it is for one side, of which direction of the row, and which."""
@@ -64,11 +66,14 @@ class Injected:
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         loss_of(model, batch)
         step, side = next(self.turns)
-        seen: dict[int, int] = {}
+        if step != self.step:
+            self.step, self.seen = step, {}
         losses = []
         for row in batch["row"].tolist():
-            losses.append(known_loss(step, row, *(side or self.order[seen.get(row, 0)])))
-            seen[row] = seen.get(row, 0) + 1
+            # A rank that has no rows left repeats some, which do not count.
+            place = side or self.order[self.seen.get(row, 0) % len(self.order)]
+            losses.append(known_loss(step, row, *place))
+            self.seen[row] = self.seen.get(row, 0) + 1
             if self.nan_at == (step, row):
                 losses[-1] = float("nan")
         weights = [1.0 + row % 3 for row in batch["row"].tolist()]

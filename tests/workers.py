@@ -295,6 +295,7 @@ ENGINES = (
     "zero3_2x2",
     "zero0",
     "zero2",
+    "pipeline",
 )
 
 
@@ -306,6 +307,11 @@ def wrap(engine: str, model: Any) -> Any:
         return model
     if engine == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
+    if engine == "pipeline":
+        from zo_dist import pipeline
+
+        # Divides the rows of test_same_bits.py, as often as probes repeat them.
+        return pipeline(model, num_micro_batches=11)
     if engine.startswith(("fsdp2", "hsdp")):
         return _fully_shard(engine, model)
     if engine == "zero3_init":

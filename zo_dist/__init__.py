@@ -5,7 +5,7 @@ from __future__ import annotations
 from zo_dist.anchor import Anchor
 from zo_dist.coefficients import Clip, Raw, RootMeanSquare, SignOnly, Standardise
 from zo_dist.curvature import DiagonalCurvature
-from zo_dist.engines import DesyncError
+from zo_dist.engines import DesyncError, pipeline
 from zo_dist.estimators import OneSided, ThreeSided, TwoSided
 from zo_dist.fitted import FittedAdaLeZO
 from zo_dist.flipout import Flipout
@@ -62,4 +62,5 @@ __all__ = [
     "ZeroOrder",
     "causal_lm_loss",
     "choice_loss",
+    "pipeline",
 ]

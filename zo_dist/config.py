@@ -48,6 +48,7 @@ _KEYS_OF_SOME: dict[str, tuple[tuple[str, ...], object, str]] = {
         "deepspeed: zero_optimization.offload_param.device is cpu in the ds_config.json, at stage 3",
     ),
     "compute_dtype": (("fsdp2",), None, "deepspeed and replicated compute in model.dtype"),
+    "micro_batches": (("pipeline",), None, "the others run all rows of a forward at once"),
 }
 
 
@@ -106,31 +107,37 @@ class EngineConfig:
     `auto`: deepspeed if `deepspeed` names a ds_config.json, else fsdp2 on several processes, else
     replicated. `shard_ranks`, for `fsdp2` and `deepspeed` at stage 3: shard over groups of this many
     consecutive ranks and replicate between the groups (HSDP), so that weights are gathered inside a group;
-    null shards over all. The last two are for `fsdp2`, and an error elsewhere. `offload_to_cpu`: keep
+    null shards over all. The next two are for `fsdp2`, and an error elsewhere. `offload_to_cpu`: keep
     the shards in CPU memory, write them there, and copy each to the device when it is gathered;
     ranks that compute on the CPU have them there anyway. `compute_dtype`: what weights are gathered,
     shifted and multiplied in (`MixedPrecisionPolicy`), while they are stored, updated and saved in
-    `model.dtype`; null computes in `model.dtype`.
+    `model.dtype`; null computes in `model.dtype`. `micro_batches`, for `pipeline`, where each rank holds
+    some of the layers: in how many parts a forward's rows flow through the ranks.
     """
 
-    kind: Literal["auto", "replicated", "fsdp2", "deepspeed"] = "auto"
+    kind: Literal["auto", "replicated", "fsdp2", "deepspeed", "pipeline"] = "auto"
     deepspeed: str | None = None
     shard_ranks: int | None = None
     offload_to_cpu: bool = False
     compute_dtype: Dtype | None = None
+    micro_batches: int | None = None
 
     def __post_init__(self) -> None:
         if self.deepspeed is not None:
             object.__setattr__(self, "deepspeed", os.path.expanduser(self.deepspeed))
         if self.kind == "deepspeed" and self.deepspeed is None:
             raise ValueError("deepspeed is null; name a ds_config.json (configs/ds_zero3.json is one)")
-        if self.kind in ("replicated", "fsdp2") and self.deepspeed is not None:
+        if self.kind in ("replicated", "fsdp2", "pipeline") and self.deepspeed is not None:
             raise ValueError(
                 f"deepspeed is {self.deepspeed!r}, but kind is {self.kind}; set kind to deepspeed, or "
                 "deepspeed to null"
             )
         if self.shard_ranks is not None:
             _at_least(self, 1, "shard_ranks")
+        if self.micro_batches is not None:
+            _at_least(self, 1, "micro_batches")
+        elif self.kind == "pipeline":
+            raise ValueError("micro_batches is null, but kind is pipeline; set it to some times the ranks")
         for key, (kinds, unset, instead) in _KEYS_OF_SOME.items():
             value = getattr(self, key)
             if value != unset and self.kind not in kinds:

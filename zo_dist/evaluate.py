@@ -11,6 +11,7 @@ from torch import Tensor
 from zo_dist.batches import row_length, to_device
 from zo_dist.engines import Engine
 from zo_dist.params import evaluating
+from zo_dist.probes import Batch, stack_rows
 from zo_dist.tasks import (
     TEXT_METRICS,
     EncodedRow,
@@ -61,19 +62,25 @@ def evaluate(
     batches = [order[i : i + micro_rows] for i in range(0, len(order), micro_rows)]
     results = torch.zeros(len(rows), 1 + len(metrics), dtype=torch.float64)
     with evaluating(engine.module):
-        for turn in range(0, len(batches), engine.num_ranks):
-            counts = turn + engine.rank < len(batches)
-            batch = batches[turn + engine.rank] if counts else batches[0][:1]
+        for turn in range(0, len(batches), engine.num_groups):
+            counts = turn + engine.group < len(batches)
+            batch = batches[turn + engine.group] if counts else batches[0][:1]
             some = [rows[i] for i in batch]
             inputs = to_device(collate(some, pad_id, fast=fast), engine.device)
-            scores = option_scores(engine.module, inputs)
-            columns = [evaluation_loss(scores, inputs)]
-            if generate is not None:
-                columns += _of_texts(engine, some, pad_id, metrics, generate)
-            elif metrics:
-                columns.append(option_accuracy(scores, inputs))
+
+            def part(start: int, stop: int, some: list[EncodedRow] = some, inputs: Batch = inputs) -> Tensor:
+                mine = stack_rows(inputs, [(start, stop)])
+                scores = option_scores(engine.module, mine)
+                columns = [evaluation_loss(scores, mine)]
+                if generate is not None:
+                    columns += _of_texts(engine, some[start:stop], pad_id, metrics, generate)
+                elif metrics:
+                    columns.append(option_accuracy(scores, mine))
+                return torch.stack([column.to(results) for column in columns], dim=1)
+
+            found = engine.evaluate(part, len(batch), results.shape[1])
             if counts:
-                results[batch] = torch.stack([column.to(results) for column in columns], dim=1)
+                results[batch] = found
     engine.publish()
     # Every row is some rank's, so the sum is exact, and its mean the same for every number of ranks.
     loss, *means = engine.reduce(results).mean(0).tolist()

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from zo_dist.config import Config, ModelConfig
-from zo_dist.engines import DsConfig, read_ds_config
+from zo_dist.engines import DsConfig, pipeline, read_ds_config
 from zo_dist.engines.build import (
     fsdp2_mesh,
     reading_shards,
@@ -54,7 +54,7 @@ def longest_input(hf_config: Any) -> int | None:
 
 
 def choose_engine(config: Config, num_ranks: int) -> str:
-    """`replicated`, `fsdp2` or `deepspeed`: what `auto` means for this config and so many ranks."""
+    """`replicated`, `fsdp2`, `deepspeed` or `pipeline`: what `auto` means on so many ranks."""
     if config.engine.kind != "auto":
         return config.engine.kind
     if config.engine.deepspeed is not None:
@@ -67,8 +67,8 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
 
     fsdp2 reads of each file what this rank is to hold, but for models that `reading_shards` names and where
     shards are offloaded to the CPU of a GPU machine: those go whole through each process's memory, or, in the
-    dtype of their safetensors files, through pages that ranks share. So they do under deepspeed stage 3 in
-    groups (`engine.shard_ranks`); else it partitions each weight as rank 0 reads it.
+    dtype of their safetensors files, through pages that ranks share. So they do in a pipeline and under
+    deepspeed stage 3 in groups (`engine.shard_ranks`); else it partitions each weight as rank 0 reads it.
     """
     kind = choose_engine(config, num_ranks)
     if kind == "fsdp2":
@@ -96,6 +96,10 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
                 return zero3_engine(_trainable(config.model), ds, group)
             with zero3_loading(ds):
                 return zero3_engine(_trainable(config.model), ds)
+    if kind == "pipeline":
+        require_process_group(kind)
+        assert config.engine.micro_batches is not None
+        return pipeline(_trainable(config.model), config.engine.micro_batches, device)
     return _trainable(config.model).to(device)
 
 

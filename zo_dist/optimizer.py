@@ -129,6 +129,8 @@ class ZeroOrder(Stateful):
             self.arms: list[Arm] = group_arms(self.engine.module, self.params, arms)
             # Emptied when the model turns out to run drawn weights before its layers.
             self.layers = [layer for _, layer in find_layers(self.engine.module)]
+            if not self.engine.shares_prefix:
+                self.layers = []
             # Names of parameters that run before the layers: a step that draws one shares no prefix.
             self.before_layers: set[str] = set()
             shapes = {p.name: p.shape for p in self.params}
@@ -395,7 +397,7 @@ class ZeroOrder(Stateful):
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}
             shared = [] if union.keys() & self.before_layers else self.layers
-            perturbation = ModulePerturbation(list(union.values()), shifts, shared)
+            perturbation = ModulePerturbation(self.engine.here(union.values()), shifts, shared)
         else:
             perturbation = ShardPerturbation(shifts, self.engine.publish)
         return StepProbes(self.engine, drawn, self.directions_per_row, estimator, eps, perturbation)
@@ -433,9 +435,13 @@ class ZeroOrder(Stateful):
         if self._prepared:
             return
         self.warm_up()
+
+        def together(rows: int) -> Tensor:
+            return self.engine.evaluate(lambda *_: evaluate(rows).view(1, rows), 1, rows)[0]
+
         if self.self_check:
             with evaluating(self.engine.module):
-                check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, evaluate)
+                check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, together)
             if type(self.noise) is Noise:
                 warn_of_coarse_weights(self.engine, self.params, self.eps)
         # Not before: a check that an error ended is made again.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -122,9 +122,7 @@ def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
     names: dict[nn.Parameter, str] = {}
     modules = dict(module.named_modules())
     for prefix, holder in modules.items():
-        runs = prefix
-        while isinstance(modules[runs], nn.ParameterDict | nn.ParameterList) and runs:
-            runs = runs.rpartition(".")[0]
+        runs = runner_of(prefix, modules)
         for attribute, param in holder._parameters.items():
             if param is not None and param.requires_grad:
                 owners.setdefault(param, []).append(Owner(modules[runs], holder, attribute))
@@ -147,6 +145,13 @@ def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
             raise ValueError(f"two different parameters are called {name} once wrappers are removed")
         seen.add(name)
     return [Param(names[p], p, shape_of(p), tuple(o)) for p, o in owners.items()]
+
+
+def runner_of(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The module whose forward uses what `name` holds: itself, or what a `ParameterDict` or list is in."""
+    while isinstance(modules[name], nn.ParameterDict | nn.ParameterList) and name:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def is_quantised(param: Tensor) -> bool:

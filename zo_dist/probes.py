@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist.engines import Engine
+from zo_dist.engines.agreement import digest, fingerprint
 from zo_dist.estimators import Estimator
 from zo_dist.params import Param
 from zo_dist.parts import Probe
@@ -84,11 +85,20 @@ def count_rows(
         rows = sum(num_rows(b) for b in batches)
     except ValueError as caught:
         error = caught
-    counts = engine.exchange([float(rows), float(len(batches)), float(error is not None)])
+    shared = engine.num_groups < engine.num_ranks
+    told = [float(digest(repr([_contents(b) for b in batches])) if error is None else 0)] if shared else []
+    counts = engine.exchange([float(rows), float(len(batches)), float(error is not None), *told])
     if error is not None:
         raise error
     if bool(counts[:, 2].any()):
         raise ValueError(f"rank {int(counts[:, 2].argmax())} was given a bad batch; see its log")
+    if shared:
+        if bool((counts != counts[0]).any()):
+            raise ValueError(
+                "ranks were given different rows, but they compute the same ones together (a pipeline): give "
+                f"all {engine.num_ranks} ranks the same batch"
+            )
+        counts = counts[:1]
     total = int(counts[:, 0].sum())
     if total * per_row < directions:
         raise ValueError(
@@ -96,7 +106,15 @@ def count_rows(
             f"{per_row}), but all ranks together have {total}; lower directions, give more rows, or raise "
             "directions_per_row"
         )
-    return int(counts[: engine.rank, 0].sum()), total, int(counts[:, 1].max())
+    return int(counts[: engine.group, 0].sum()), total, int(counts[:, 1].max())
+
+
+def _contents(batch: Batch) -> list[object]:
+    """What tells a batch from others."""
+    return [
+        (key, tuple(value.shape), fingerprint(value)) if isinstance(value, Tensor) else (key, repr(value))
+        for key, value in batch.items()
+    ]
 
 
 class StepProbes:
@@ -133,8 +151,8 @@ class StepProbes:
             for sides in self._probes:
                 for side, probe in enumerate(sides):
                     with self._shifted(probe, rows=1):
-                        sums = closure_sums(closure)
-                    self._seen[probe.direction][side].append(sums.unsqueeze(0))
+                        sums = self._engine.evaluate(lambda *_: closure_sums(closure).unsqueeze(0), 1, 2)
+                    self._seen[probe.direction][side].append(sums)
         return self._total()
 
     def by_rows(
@@ -191,16 +209,23 @@ class StepProbes:
                 places.append(self._seen[probe.direction][side])
                 pieces.append((start, start + rows))
             start += rows
-        if not live:
+        counts = bool(live)
+        if not counts:
             # Two equal unshifted probes: this rank then meets whatever the others meet on the way.
-            clean = Probe(-1, 0.0, frozenset())
-            with self._perturbation.probes([(clean, 1), (clean, 1)], [(0, 1), (0, 1)]):
-                row_loss(self._engine.module, first_row(batch, 2))
+            batch, clean = first_row(batch, 2), Probe(-1, 0.0, frozenset())
+            live, pieces = [(clean, 1), (clean, 1)], [(0, 1), (0, 1)]
+        perturbation, stacked = self._perturbation, sum(rows for _, rows in live)
+
+        def part(start: int, stop: int) -> Tensor:
+            probes, ranges = _within(live, pieces, start, stop)
+            with perturbation.probes(probes, ranges):
+                return self._row_losses(batch, ranges, row_loss)
+
+        sums = self._engine.evaluate(part, stacked, 2)
+        if not counts:
             return
-        with self._perturbation.probes(live, pieces):
-            sums = _per_row(row_loss(self._engine.module, stack_rows(batch, pieces)), pieces)
-        for place, part in zip(places, torch.split(sums, [rows for _, rows in live]), strict=True):
-            place.append(part)
+        for place, of_probe in zip(places, torch.split(sums, [rows for _, rows in live]), strict=True):
+            place.append(of_probe)
 
     def _one_probe(
         self,
@@ -211,15 +236,29 @@ class StepProbes:
         probe: Probe,
         row_loss: RowLoss,
     ) -> None:
+
+        def losses_from(first: int) -> Callable[[int, int], Tensor]:
+            return lambda start, stop: self._row_losses(batch, [(first + start, first + stop)], row_loss)
+
         start = 0
         for mine, rows in share:
             if mine == group:
-                piece = [(start, start + rows)]
-                sums = _per_row(row_loss(self._engine.module, stack_rows(batch, piece)), piece)
-                self._seen[probe.direction][side].append(sums)
+                self._seen[probe.direction][side].append(self._engine.evaluate(losses_from(start), rows, 2))
                 return
             start += rows
-        row_loss(self._engine.module, first_row(batch, 1))
+        self._engine.evaluate(lambda *_: self._row_losses(first_row(batch, 1), [(0, 1)], row_loss), 1, 2)
+
+    def _row_losses(self, batch: Batch, pieces: list[tuple[int, int]], row_loss: RowLoss) -> Tensor:
+        """float64 `[rows, 2]` on the CPU: loss and weight of each row."""
+        out = row_loss(self._engine.module, stack_rows(batch, pieces))
+        losses, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
+        rows = sum(b - a for a, b in pieces)
+        if losses.shape != (rows,) or weights.shape != (rows,):
+            raise ValueError(
+                f"the loss function returned shapes {tuple(losses.shape)} and {tuple(weights.shape)} for "
+                f"{rows} rows; return one loss per row, or the pair (sums, weights) per row"
+            )
+        return torch.stack([losses.detach().double(), weights.detach().double()], dim=1).cpu()
 
     def _installed(self) -> Any:
         if isinstance(self._perturbation, ModulePerturbation):
@@ -262,16 +301,20 @@ def _scalar(value: Tensor | float) -> Tensor:
     return tensor.reshape(())
 
 
-def _per_row(out: Tensor | tuple[Tensor, Tensor], pieces: list[tuple[int, int]]) -> Tensor:
-    """float64 `[rows, 2]` on the CPU: loss and weight of each row."""
-    losses, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
-    rows = sum(b - a for a, b in pieces)
-    if losses.shape != (rows,) or weights.shape != (rows,):
-        raise ValueError(
-            f"the loss function returned shapes {tuple(losses.shape)} and {tuple(weights.shape)} for "
-            f"{rows} rows; return one loss per row, or the pair (sums, weights) per row"
-        )
-    return torch.stack([losses.detach().double(), weights.detach().double()], dim=1).cpu()
+def _within(
+    live: list[tuple[Probe, int]], pieces: list[tuple[int, int]], start: int, stop: int
+) -> tuple[list[tuple[Probe, int]], list[tuple[int, int]]]:
+    """`live` and `pieces` of the stacked rows `start ... stop - 1` alone."""
+    probes: list[tuple[Probe, int]] = []
+    ranges: list[tuple[int, int]] = []
+    first = 0
+    for (probe, rows), (begin, _) in zip(live, pieces, strict=True):
+        a, b = max(start - first, 0), min(stop - first, rows)
+        if a < b:
+            probes.append((probe, b - a))
+            ranges.append((begin + a, begin + b))
+        first += rows
+    return probes, ranges
 
 
 def stack_rows(batch: Batch, pieces: list[tuple[int, int]]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _dead_arms(engine: Engine, arms: Sequence[Arm], noise: Noise, evaluate: Eval
         live = [(Probe(d, 1.0, frozenset(p.name for p in arm.params)), 1) for d, arm in enumerate(some)]
         losses = []
         for shift in (0.0, *_TRIAL_SHIFTS):
-            params = [p for arm in some for p in arm.params]
+            params = engine.here([p for arm in some for p in arm.params])
             perturbation = ModulePerturbation(params, Shifts(noise, _TRIAL_STEP, shift))
             with perturbation.installed(), perturbation.probes(live):
                 losses.append(evaluate(len(some)))
@@ -109,7 +109,7 @@ def _dead_together(
     probe = Probe(0, 1.0, frozenset(p.name for p in params))
     for shift in (0.0, *_TRIAL_SHIFTS):
         if perturb == "module":
-            copies = ModulePerturbation(params, Shifts(noise, _TRIAL_STEP, shift))
+            copies = ModulePerturbation(engine.here(params), Shifts(noise, _TRIAL_STEP, shift))
             with copies.installed(), copies.probes([(probe, 1)]):
                 losses.append(evaluate(1))
         else:

@@ -58,6 +58,11 @@ def prepare(config: Config, ranks: Engine) -> Prepared:
     tokenizer, hf_config = fetched(lambda: load_tokenizer(config.model))
     longest = longest_input(hf_config)
     data = fetched(lambda: load_data(config.data, tokenizer, longest))
+    if config.engine.kind == "pipeline" and data.generate is not None:
+        raise ValueError(
+            f"the task {data.task.name!r} generates texts, and engine.kind is pipeline, which makes one "
+            "forward of each batch: use fsdp2 or deepspeed"
+        )
     model = load_model(config, hf_config, ranks.device, ranks.rank, ranks.num_ranks)
     return Prepared(model, tokenizer, data)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from zo_dist.engines.agreement import DesyncError
 from zo_dist.engines.base import Engine
 from zo_dist.engines.ds_config import DsConfig, read_ds_config
+from zo_dist.engines.pipeline import pipeline
 from zo_dist.engines.processes import initialize_process_group, leave_process_group, on_each_node_first
 from zo_dist.engines.select import forwards_in_step, select
 
@@ -19,6 +20,7 @@ __all__ = [
     "initialize_process_group",
     "leave_process_group",
     "on_each_node_first",
+    "pipeline",
     "read_ds_config",
     "select",
 ]

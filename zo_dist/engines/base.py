@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -19,13 +19,16 @@ _REASON_BYTES = 600
 class Engine:
     """One way of holding a model's weights. One rank is N ranks with N = 1.
 
-    `module`: what a forward is called on. `rank`, `num_ranks`: over all processes that take rows.
-    `device`: where the model computes. `has_copies`: does another rank hold what this one does? Subclasses
-    say which part of a parameter this rank holds.
+    `module`: what a forward is called on. `rank`, `num_ranks`: over all processes. `group`, `num_groups`: the
+    same of those that take rows of their own; the ranks of one group take the same. `device`: where the
+    model computes. `has_copies`: does another rank hold what this one does? Subclasses say which part of a
+    parameter this rank holds.
     """
 
     name = "engine"
     has_copies = False
+    # May the layers before the first drawn one run once for all probes (prefix.py)?
+    shares_prefix = True
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
@@ -33,6 +36,7 @@ class Engine:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.num_ranks = dist.get_world_size() if distributed else 1
+        self.group, self.num_groups = self.rank, self.num_ranks
         # Scalars go over gloo where there is one: reading them then waits for no GPU kernel.
         self._scalar_device = torch.device("cpu")
         if distributed and "gloo" not in str(dist.get_backend_config()):
@@ -52,6 +56,18 @@ class Engine:
 
     def _span(self, param: Param) -> Span | None:
         raise TypeError(f"{type(self).__name__} does not say which span of a parameter it holds")
+
+    def here(self, params: Iterable[Param]) -> list[Param]:
+        """Those of `params` that modules use which run on this rank, with these as their owners."""
+        return list(params)
+
+    def evaluate(self, part: Callable[[int, int], Tensor], rows: int, width: int) -> Tensor:
+        """float64 `[rows, width]` on the CPU: what `part(start, stop)` has for parts of the rows, in order.
+
+        `part` calls the model once and returns `[stop - start, width]`. Every rank that takes these rows must
+        call it; one that does not learn their losses gets zeros.
+        """
+        return part(0, rows).to("cpu", torch.float64)
 
     def publish(self) -> None:
         """Make the next forward see what was written to spans."""

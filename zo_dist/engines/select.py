@@ -9,7 +9,7 @@ from zo_dist.params import unwrap
 
 
 def select(model: nn.Module) -> Engine:
-    """The engine of a plain module, DDP, a `fully_shard`-ed module or a DeepSpeed engine.
+    """The engine of a plain module, DDP, a `fully_shard`-ed module, a pipeline's stage or a DeepSpeed engine.
 
     Raises ValueError, with the remedy, for what cannot be trained here: FSDP1, ZeRO-3 parameters
     outside a DeepSpeed engine, ZeRO++ forms that hide or quantise the written shard.
@@ -17,6 +17,7 @@ def select(model: nn.Module) -> Engine:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     from zo_dist.engines.fsdp2 import FSDP2Engine
+    from zo_dist.engines.pipeline import PipelineEngine, stage_of
     from zo_dist.engines.replicated import ReplicatedEngine
 
     module = unwrap(model)
@@ -37,6 +38,8 @@ def select(model: nn.Module) -> Engine:
         )
     if _by_fsdp2(module):
         return FSDP2Engine(module)
+    if stage_of(module) is not None:
+        return PipelineEngine(module)
     return ReplicatedEngine(module)
 
 

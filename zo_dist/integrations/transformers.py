@@ -23,6 +23,7 @@ from transformers.trainer import SCHEDULER_NAME
 from zo_dist.checkpoint import gathered
 from zo_dist.engines import read_ds_config
 from zo_dist.engines.build import fsdp2_mesh, is_cpu_offload, shard_with_fsdp2, zero3_engine
+from zo_dist.engines.pipeline import stage_of
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.params import evaluating
 from zo_dist.probes import Batch, RowLoss, num_rows
@@ -163,6 +164,10 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
 
     def _wrapped(self) -> Any:
         model = self.model
+        if stage_of(model) is not None:
+            raise ValueError(
+                "ZOTrainer gives each rank rows of its own, which a pipeline has not: use step_batch"
+            )
         if self.is_deepspeed_enabled:
             model = self.deepspeed = self._with_deepspeed(model)
         elif self.args.fsdp or self.is_fsdp_enabled:

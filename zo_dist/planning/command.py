@@ -192,6 +192,8 @@ def _engines(
         path = config.engine.deepspeed
         ds = read_ds(config, shape, count)
         engines = {"zero3": ds.offload_param != "none"} if ds.stage == 3 else {"replicated": False}
+    elif config.engine.kind == "pipeline":
+        raise ValueError("engine.kind is pipeline, for which nothing is planned; plan for fsdp2 or deepspeed")
     elif config.engine.kind != "auto":
         engines = {config.engine.kind: config.engine.offload_to_cpu}
     if args.engine is None and args.offload:
