@@ -39,7 +39,7 @@ class Trials(Estimator):
                 key=of_direction.__getitem__,
                 default=self.signs.index(0.0),
             )
-            found.append(-self.signs[best])
+            found.append(0.0 - self.signs[best])
         return found
 
 
