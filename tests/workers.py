@@ -41,6 +41,13 @@ HAVE_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAVE_DEEPSPEED, reason="deepspeed is not installed")
 
 
+def deepspeed_takes(dtype: str) -> bool:
+    """Does DeepSpeed run in this dtype here? It refuses float16 on a CPU without arithmetic for it."""
+    import torch
+
+    return dtype != "float16" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one rank did with a call: a value, or an exception by type name, text and traceback."""
