@@ -61,9 +61,9 @@ def evaluate(
     batches = [order[i : i + micro_rows] for i in range(0, len(order), micro_rows)]
     results = torch.zeros(len(rows), 1 + len(metrics), dtype=torch.float64)
     with evaluating(engine.module):
-        for turn in range(0, len(batches), engine.num_ranks):
-            counts = turn + engine.rank < len(batches)
-            batch = batches[turn + engine.rank] if counts else batches[0][:1]
+        for turn in range(0, len(batches), engine.num_groups):
+            counts = turn + engine.group < len(batches)
+            batch = batches[turn + engine.group] if counts else batches[0][:1]
             some = [rows[i] for i in batch]
             inputs = to_device(collate(some, pad_id, fast=fast), engine.device)
             scores = option_scores(engine.module, inputs)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist.engines import Engine
+from zo_dist.engines.agreement import digest, fingerprint
 from zo_dist.estimators import Estimator
 from zo_dist.params import Param
 from zo_dist.parts import Probe
@@ -84,11 +85,21 @@ def count_rows(
         rows = sum(num_rows(b) for b in batches)
     except ValueError as caught:
         error = caught
-    counts = engine.exchange([float(rows), float(len(batches)), float(error is not None)])
+    shared = engine.num_groups < engine.num_ranks and error is None
+    told = digest(repr([_contents(batch) for batch in batches])) if shared else 0
+    counts = engine.exchange([float(rows), float(len(batches)), float(error is not None), float(told)])
     if error is not None:
         raise error
     if bool(counts[:, 2].any()):
         raise ValueError(f"rank {int(counts[:, 2].argmax())} was given a bad batch; see its log")
+    odd = [rank for rank, first in enumerate(engine.first_of) if counts[rank, 3] != counts[first, 3]]
+    if odd:
+        raise ValueError(
+            f"rank {odd[0]} was given other rows than rank {engine.first_of[odd[0]]}, which computes every layer "
+            f"together with it (tensor parallelism): give the ranks of a group the same rows, and each of "
+            f"the {engine.num_groups} groups its own (ZeroOrder.engine.group says which a rank is in)"
+        )
+    counts = counts[sorted(set(engine.first_of))]
     total = int(counts[:, 0].sum())
     if total * per_row < directions:
         raise ValueError(
@@ -96,7 +107,15 @@ def count_rows(
             f"{per_row}), but all ranks together have {total}; lower directions, give more rows, or raise "
             "directions_per_row"
         )
-    return int(counts[: engine.rank, 0].sum()), total, int(counts[:, 1].max())
+    return int(counts[: engine.group, 0].sum()), total, int(counts[:, 1].max())
+
+
+def _contents(batch: Batch) -> list[object]:
+    """What tells a batch from others."""
+    return [
+        (key, tuple(value.shape), fingerprint(value)) if isinstance(value, Tensor) else (key, repr(value))
+        for key, value in batch.items()
+    ]
 
 
 class StepProbes:

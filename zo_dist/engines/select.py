@@ -9,15 +9,17 @@ from zo_dist.params import unwrap
 
 
 def select(model: nn.Module) -> Engine:
-    """The engine of a plain module, DDP, a `fully_shard`-ed module or a DeepSpeed engine.
+    """The engine of a plain module, DDP, a `fully_shard`-ed or tensor-parallel module, or a DeepSpeed engine.
 
     Raises ValueError, with the remedy, for what cannot be trained here: FSDP1, ZeRO-3 parameters
     outside a DeepSpeed engine, ZeRO++ forms that hide or quantise the written shard.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
 
     from zo_dist.engines.fsdp2 import FSDP2Engine
     from zo_dist.engines.replicated import ReplicatedEngine
+    from zo_dist.engines.tensor_parallel import TensorParallelEngine
 
     module = unwrap(model)
     if any(isinstance(m, FullyShardedDataParallel) for m in module.modules()):
@@ -37,6 +39,8 @@ def select(model: nn.Module) -> Engine:
         )
     if _by_fsdp2(module):
         return FSDP2Engine(module)
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        return TensorParallelEngine(module)
     return ReplicatedEngine(module)
 
 
