@@ -59,12 +59,6 @@ class Span:
     offset: int
     runs: Runs | None = None
 
-    def pieces(self) -> Iterator[tuple[int, slice]]:
-        """Its contiguous runs in order: the number of the first element, and where in `flat` they are."""
-        width, stride = self.runs or (max(1, self.flat.numel()), 0)
-        for row in range(-(-self.flat.numel() // width)):
-            yield self.offset + row * stride, slice(row * width, (row + 1) * width)
-
     def number(self, j: int) -> int:
         """Which element of the parameter element `j` of `flat` is."""
         width, stride = self.runs or (self.flat.numel(), 0)
@@ -75,6 +69,13 @@ class Span:
         width, stride = self.runs or (0, self.flat.numel() + 1)
         row, column = divmod(number - self.offset, stride)
         return row * width + column
+
+
+def runs_of(offset: int, numel: int, runs: Runs | None) -> Iterator[tuple[int, slice]]:
+    """The contiguous runs of a piece, in order: the number of the first element, and which of the piece."""
+    width, stride = runs or (max(1, numel), 0)
+    for row, start in enumerate(range(0, numel, width)):
+        yield offset + row * stride, slice(start, min(start + width, numel))
 
 
 class Owner(NamedTuple):

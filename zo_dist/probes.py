@@ -95,9 +95,9 @@ def count_rows(
     odd = [rank for rank, first in enumerate(engine.first_of) if counts[rank, 3] != counts[first, 3]]
     if odd:
         raise ValueError(
-            f"rank {odd[0]} was given other rows than rank {engine.first_of[odd[0]]}, which computes every layer "
-            f"together with it (tensor parallelism): give the ranks of a group the same rows, and each of "
-            f"the {engine.num_groups} groups its own (ZeroOrder.engine.group says which a rank is in)"
+            f"rank {odd[0]} was given other rows than rank {engine.first_of[odd[0]]}, together with which it "
+            "computes layers (tensor parallelism): give the ranks of a group the same rows, and each of the "
+            f"{engine.num_groups} groups its own (engine.group of the optimizer is this rank's)"
         )
     counts = counts[sorted(set(engine.first_of))]
     total = int(counts[:, 0].sum())

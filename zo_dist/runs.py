@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from zo_dist.kernels import EAGER_CHUNK
@@ -17,7 +16,7 @@ from zo_dist.noise import Noise
 from zo_dist.params import Runs
 
 # Elements from which on a run is worth a call, and the most of whole rows at a time.
-_LONG = 1 << 15
+_LONG = 1 << 13
 _CPU_ROWS, _GPU_ROWS = EAGER_CHUNK, 1 << 24
 
 

@@ -19,10 +19,11 @@ _REASON_BYTES = 600
 class Engine:
     """One way of holding a model's weights. One rank is N ranks with N = 1.
 
-    `module`: what a forward is called on. `rank`, `num_ranks`: over all processes. Those of one of
-    `num_groups` groups, which is number `group`, take the same rows: a group is a rank, or the ranks over
-    which tensor parallelism cuts a layer, and the first of it tells its losses. `device`: where the model computes. `has_copies`: does another rank hold what this one does? Subclasses
-    say which part of a parameter this rank holds.
+    `module`: what a forward is called on. `rank`, `num_ranks`: over all processes. They form `num_groups`
+    groups, of which this rank is in number `group`: the ranks of one take the same rows, and the first tells
+    the losses. A group is one rank, or those over which tensor parallelism cuts layers. `device`: where the
+    model computes. `has_copies`: does another rank hold what this one does? Subclasses say which part of a
+    parameter this rank holds.
     """
 
     name = "engine"

@@ -1,4 +1,4 @@
-"""Weights sharded by PyTorch FSDP2 (`fully_shard`), on a 1-D mesh or HSDP, also of a tensor-parallel model."""
+"""Weights sharded by PyTorch FSDP2 (`fully_shard`), also around tensor parallelism."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class FSDP2Engine(Engine):
         # Of a layer that tensor parallelism cuts, the axes of that follow those of FSDP2.
         most = max(shards.values(), key=lambda param: param.device_mesh.ndim)
         rows_with = ranks_along(most, fsdp_axis(most) + 1)
-        for param in shards.values():
-            size = param.device_mesh.size()
+        for shard in shards.values():
+            size = shard.device_mesh.size()
             if size not in (self.num_ranks, self.num_ranks // len(rows_with)):
                 raise ValueError(
                     f"the model is sharded over {size} of {self.num_ranks} processes; every "
@@ -113,11 +113,11 @@ def _sharded(param: Param) -> DTensor:
 def _pieces_of(name: str, param: DTensor) -> tuple[Piece, Piece | None]:
     """What this rank holds of a parameter, and what it has of it while its owner runs."""
     axis = fsdp_axis(param)
-    cut = axis < param.device_mesh.ndim
-    if cut and not param.placements[axis].is_shard(0) and not isinstance(param.placements[axis], _StridedShard):
+    cut = param.placements[axis : axis + 1]
+    if any(not p.is_shard(0) and not isinstance(p, _StridedShard) for p in cut):
         raise ValueError(
-            f"parameter {name} is placed {param.placements}; of FSDP2 only Shard(0) (fully_shard's default, "
-            "1-D or HSDP mesh) can be trained"
+            f"parameter {name} is placed {param.placements}; of FSDP2 only Shard(0) and Replicate "
+            "(fully_shard's default, 1-D or HSDP mesh) can be trained"
         )
     running = piece_of(name, param, axis + 1) if axis + 1 < param.device_mesh.ndim else None
     return piece_of(name, param, axis, fsdp=True), running

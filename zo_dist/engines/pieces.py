@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,9 @@ def place_of(param: Tensor) -> int:
     place = 0
     if not isinstance(param, DTensor):
         return place
-    for placement, at, parts in zip(param.placements, _coordinate(param), param.device_mesh.shape, strict=True):
+    for placement, at, parts in zip(
+        param.placements, _coordinate(param), param.device_mesh.shape, strict=True
+    ):
         place = place * parts + (0 if isinstance(placement, Replicate) else at)
     return place
 
@@ -43,7 +46,7 @@ def piece_of(name: str, param: DTensor, first_axis: int = 0, fsdp: bool = False)
     placements that leave no equal runs at equal distances.
     """
     index = [torch.arange(size) for size in param.shape]
-    axes = list(zip(param.placements, _coordinate(param), param.device_mesh.shape, strict=True))
+    axes = _axes(param)
     cut: set[int] = set()
     for axis in range(len(axes) - 1, first_axis - 1, -1):
         placement, at, parts = axes[axis]
@@ -52,9 +55,9 @@ def piece_of(name: str, param: DTensor, first_axis: int = 0, fsdp: bool = False)
         last = fsdp and axis == first_axis
         if not isinstance(placement, Shard | _StridedShard) or (placement.dim in cut and not last):
             raise _unknown(name, param)
-        packed = isinstance(placement, _StridedShard) and not last
-        # Fused weights (gate and up) are cut one by one.
-        blocks = index[placement.dim].chunk(placement.split_factor if packed else 1)
+        # Fused weights (gate and up) are cut one by one; on its own axis FSDP2 means its order by this.
+        fused = placement.split_factor if isinstance(placement, _StridedShard) and not last else 1
+        blocks = index[placement.dim].chunk(int(fused))
         index[placement.dim] = torch.cat([_chunk(block, at, parts) for block in blocks])
         cut.add(placement.dim)
     shape = torch.Size(len(i) for i in index)
@@ -68,7 +71,7 @@ def piece_of(name: str, param: DTensor, first_axis: int = 0, fsdp: bool = False)
     for size, of_dim in zip(param.shape, [*index[: parted[-1]], begins], strict=False):
         starts = (starts.unsqueeze(1) * size + of_dim).flatten()
     starts, width = starts * inner, len(along) // len(begins) * inner
-    steps = starts.diff().unique().tolist()
+    steps = sorted(set(starts.diff().tolist()))
     if len(along) % len(begins) or len(steps) > 1:
         raise _unknown(name, param)
     contiguous = not steps or steps[0] == width
@@ -102,6 +105,11 @@ def added_up(out: Tensor) -> Tensor:
     return out.redistribute(placements=[Replicate() if p.is_partial() else p for p in out.placements])
 
 
+def _axes(param: DTensor) -> list[tuple[Any, int, int]]:
+    """Of each axis of its mesh: the placement, where this rank is, and how many ranks there are."""
+    return list(zip(param.placements, _coordinate(param), param.device_mesh.shape, strict=True))
+
+
 def _coordinate(param: DTensor) -> tuple[int, ...]:
     coordinate = param.device_mesh.get_coordinate()
     assert coordinate is not None
@@ -116,7 +124,7 @@ def _chunk(index: Tensor, at: int, parts: int) -> Tensor:
 
 def _unknown(name: str, param: DTensor) -> ValueError:
     return ValueError(
-        f"parameter {name} is placed {param.placements} on a mesh of {tuple(param.device_mesh.shape)}, of which "
-        "this rank has no equal runs at equal distances; shard it by Shard(0) (FSDP2), or by one Shard of "
-        "tensor parallelism with FSDP2 outside it, in parts of equal size"
+        f"parameter {name} is placed {param.placements} on a mesh of {tuple(param.device_mesh.shape)}, and "
+        "what a rank has of it is not equal runs at equal distances; cut it along one dimension by tensor "
+        "parallelism, and along the first by FSDP2 after it"
     )
