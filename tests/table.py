@@ -98,7 +98,10 @@ MAIN_ENGINES = ("replicated", "fsdp2", "zero3")
 RANKS = (1, 2, 3)
 MORE_ENGINES = {
     1: ("ddp", "zero0"),
-    2: ("ddp", "hsdp_2x1", "hsdp_1x2", "fsdp2_mixed", "fsdp2_offload", "zero0", "zero2", "zero3_offload", "tp_2"),
+    2: (
+        *("ddp", "hsdp_2x1", "hsdp_1x2", "fsdp2_mixed", "fsdp2_offload"),
+        *("zero0", "zero2", "zero3_offload", "tp_2"),
+    ),
     3: ("fsdp2_mixed", "zero3_offload"),
     4: ("hsdp_2x2", "zero3_2x2", "tp_2x2", "fsdp2_tp_2x2"),
 }

@@ -347,7 +347,7 @@ def _tensor_parallel(engine: str, model: Any) -> Any:
     else:
         columns = [f"self_attn.{x}_proj" for x in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
         plan = {f"model.layers.*.{name}": ColwiseParallel() for name in columns}
-        plan |= {f"model.layers.*.{name}": RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+        plan |= {f"model.layers.*.{x}": RowwiseParallel() for x in ("self_attn.o_proj", "mlp.down_proj")}
         plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
         plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
     parallelize_module(model, mesh["tp"], plan)
