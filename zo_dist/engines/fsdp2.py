@@ -61,7 +61,8 @@ class FSDP2Engine(Engine):
                     f"the model is sharded over {size} of {self.num_ranks} processes; every "
                     "process must be on the mesh (use a 2-D HSDP mesh for replicas)"
                 )
-        self._pieces = {name: _pieces_of(name, param) for name, param in shards.items()}
+        with self.jointly():
+            self._pieces = {name: _pieces_of(name, param) for name, param in shards.items()}
         self._take_rows_with(rows_with)
         if first.to_local().device.type != device.type:
             await_each_forward(module)

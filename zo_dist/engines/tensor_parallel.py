@@ -16,9 +16,9 @@ from zo_dist.params import Param, Piece, Span, canonical_name
 class TensorParallelEngine(Engine):
     """Weights that stay cut, with copies of these among groups of ranks where there are several.
 
-    A forward sends activations and no weight, which are not counted here; a step sends scalars. Raises
-    ValueError for a mesh of several axes, for placements that `pieces.piece_of` does not know, and, on every
-    rank, for copies that do not start with equal weights.
+    A forward sends activations and no weight; a step sends scalars. Raises ValueError for a mesh of several
+    axes, and, on every rank, for placements that `pieces.piece_of` does not know and for copies that do not
+    start with equal weights.
     """
 
     name = "tensor_parallel"
@@ -34,7 +34,11 @@ class TensorParallelEngine(Engine):
                     'one axis (mesh["tp"] of a larger one)'
                 )
         super().__init__(module, local_of(first).device)
-        self._pieces = {name: piece_of(name, param) for name, param in cut.items()}
+        with self.jointly():
+            self._pieces = {name: piece_of(name, param) for name, param in cut.items()}
+            for name, held in named.items():
+                if not local_of(held).is_contiguous():
+                    raise ValueError(f"parameter {name} is not contiguous; make it so before it is cut")
         self._take_rows_with(ranks_along(first, 0))
         pieces = {name: local_of(param) for name, param in named.items()}
         self.compare_pieces(pieces, {name: place_of(param) for name, param in named.items()})
