@@ -74,6 +74,11 @@ _HF: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Their experts are one tensor for all experts of a layer.
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek")
+# What tensor parallelism cuts in two has as many heads.
+_IN_TWO = {
+    "llama_in_two": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "qwen3_in_two": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}),
+}
 KINDS = (*_HF, "opt", "gpt2", "sequential")
 
 
@@ -100,7 +105,7 @@ def _skeleton(kind: str) -> nn.Module:
         return transformers.GPT2LMHeadModel(
             transformers.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=16)
         )
-    family, options = _HF[kind]
+    family, options = (_HF | _IN_TWO)[kind]
     config = getattr(transformers, f"{family}Config")(
         **_COMMON, hidden_size=16, intermediate_size=24, max_position_embeddings=16, **options
     )

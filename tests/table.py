@@ -110,9 +110,12 @@ MAIN_ENGINES = ("replicated", "fsdp2", "zero3")
 RANKS = (1, 2, 3)
 MORE_ENGINES = {
     1: ("ddp", "zero0"),
-    2: ("ddp", "hsdp_2x1", "hsdp_1x2", "fsdp2_mixed", "fsdp2_offload", "zero0", "zero2", "zero3_offload"),
+    2: (
+        *("ddp", "hsdp_2x1", "hsdp_1x2", "fsdp2_mixed", "fsdp2_offload"),
+        *("zero0", "zero2", "zero3_offload", "tp_2"),
+    ),
     3: ("fsdp2_mixed", "zero3_offload"),
-    4: ("hsdp_2x2", "zero3_2x2"),
+    4: ("hsdp_2x2", "zero3_2x2", "tp_2x2", "fsdp2_tp_2x2"),
 }
 
 
@@ -168,7 +171,7 @@ def estimator_for(sampler: str, estimator: str) -> str:
 
 def mode_of(engine: str, num_ranks: int, mode: str, estimator: str) -> str:
     """`mode`, or where a curvature is not held whole the one that is possible."""
-    sharded = num_ranks > 1 and engine.startswith(("fsdp2", "hsdp", "zero3")) and engine != "hsdp_2x1"
+    sharded = num_ranks > 1 and engine.startswith(("fsdp2", "hsdp", "zero3", "tp")) and engine != "hsdp_2x1"
     return "shard" if sharded and estimator == "three_sided" else mode
 
 

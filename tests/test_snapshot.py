@@ -112,8 +112,8 @@ def test_any_engine_loads_what_another_saved(
 
 def sides_of(optimizer: zo_dist.ZeroOrder) -> Pieces:
     """What momentum this rank keeps: of matrices some rows of one side, which other ranks may keep too."""
-    kept, offsets = optimizer.beside["factored_momentum"], optimizer.rule.offsets
-    return [(name, offsets[name], tensor.tolist()) for name, tensor in kept.items()]
+    kept, places = optimizer.beside["factored_momentum"], optimizer.rule.places
+    return [(name, places[name][0], tensor.tolist()) for name, tensor in kept.items()]
 
 
 def save_sides(engine: str, folder: str) -> tuple[str, Pieces, list[StepRecord]]:

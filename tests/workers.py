@@ -303,6 +303,9 @@ ENGINES = (
     "zero0",
     "zero2",
     "pipeline",
+    "tp_2",
+    "tp_2x2",
+    "fsdp2_tp_2x2",
 )
 
 
@@ -319,6 +322,8 @@ def wrap(engine: str, model: Any) -> Any:
 
         # Divides the rows of test_same_bits.py, as often as probes repeat them.
         return pipeline(model, num_micro_batches=11)
+    if "tp_" in engine:
+        return _tensor_parallel(engine, model)
     if engine.startswith(("fsdp2", "hsdp")):
         return _fully_shard(engine, model)
     if engine == "zero3_init":
@@ -338,7 +343,31 @@ def wrap(engine: str, model: Any) -> Any:
     return deepspeed_engine(model, ds_config(model, zero))
 
 
-def _fully_shard(engine: str, model: Any) -> Any:
+def _tensor_parallel(engine: str, model: Any) -> Any:
+    """By torch's `parallelize_module`, in two; the replicas of that are shards under FSDP2."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    replicas = dist.get_world_size() // 2
+    mesh = init_device_mesh("cpu", (replicas, 2), mesh_dim_names=("data", "tp"))
+    if isinstance(model, torch.nn.Sequential):
+        # In 2 and 1 columns, 4 and 3 rows, 4 and 3 columns; the tied ones stay whole.
+        rowwise = RowwiseParallel(input_layouts=Replicate())
+        plan = {"0": rowwise, "3": ColwiseParallel(output_layouts=Replicate()), "5": rowwise}
+    else:
+        columns = [f"self_attn.{x}_proj" for x in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+        plan = {f"model.layers.*.{name}": ColwiseParallel() for name in columns}
+        plan |= {f"model.layers.*.{x}": RowwiseParallel() for x in ("self_attn.o_proj", "mlp.down_proj")}
+        plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+        plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
+    parallelize_module(model, mesh["tp"], plan)
+    return _fully_shard(engine, model, mesh["data"]) if engine.startswith("fsdp2") else model
+
+
+def _fully_shard(engine: str, model: Any, mesh: Any = None) -> Any:
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -348,7 +377,7 @@ def _fully_shard(engine: str, model: Any) -> Any:
     if engine.startswith("hsdp"):
         shape = tuple(int(n) for n in engine.split("_")[1].split("x"))
     names = ("replicate", "shard")[-len(shape) :]
-    options: dict[str, Any] = {"mesh": init_device_mesh("cpu", shape, mesh_dim_names=names)}
+    options: dict[str, Any] = {"mesh": mesh or init_device_mesh("cpu", shape, mesh_dim_names=names)}
     if engine == "fsdp2_mixed":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     if engine == "fsdp2_offload":

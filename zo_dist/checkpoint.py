@@ -156,7 +156,8 @@ def _write(module: nn.Module, state: dict[str, Tensor], path: Path, tokenizer: A
     partial.mkdir()
     save_pretrained: Any = getattr(module, "save_pretrained", None)
     if save_pretrained is not None:
-        save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD)
+        with _whole_to_transformers(module):
+            save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD)
     else:
         # safetensors refuses shared memory: a tied weight is stored under its first name.
         first = {id(tensor): name for name, tensor in reversed(state.items())}
@@ -170,3 +171,21 @@ def _write(module: nn.Module, state: dict[str, Tensor], path: Path, tokenizer: A
         os.replace(path, old)
     os.replace(partial, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _whole_to_transformers(module: nn.Module) -> Iterator[None]:
+    """Inside, a model that transformers sharded is saved from what it is given, by this rank alone.
+
+    Else it gathers once more, and waits for ranks that do not come.
+    """
+    config = getattr(module, "config", None)
+    sharded = getattr(config, "distributed_config", None)
+    if config is None or sharded is None:
+        yield
+        return
+    config.distributed_config = None
+    try:
+        yield
+    finally:
+        config.distributed_config = sharded

@@ -152,6 +152,11 @@ class LowRankNoise(MatrixNoise):
     def factor_span(self, span: Span) -> Span:
         if not self.has_sides(span.name):
             return span
+        if span.runs is not None:
+            raise ValueError(
+                f"factored is true, but tensor parallelism leaves this rank columns of {span.name}, and no "
+                "side of their noise: set factored to false"
+            )
         if self._rank.fixed:
             return Span(span.name, span.flat.new_empty(self._rank.rank), 0)
         rows, inner = self._rows_of(span.name, span.offset, span.flat.numel()), self._widths(span.name)[1]

@@ -125,7 +125,7 @@ class ZeroOrder(Stateful):
             require_groups(directions, directions_per_row)
             if max_skipped < 0:
                 raise ValueError(f"max_skipped is {max_skipped}; it must be at least 0")
-            self.params = trainable_params(self.engine.module, self.engine.shape_of)
+            self.params = trainable_params(self.engine.module, self.engine.shape_of, self.engine.piece_of)
             self.arms: list[Arm] = group_arms(self.engine.module, self.params, arms)
             # Emptied when the model turns out to run drawn weights before its layers.
             self.layers = [layer for _, layer in find_layers(self.engine.module)]

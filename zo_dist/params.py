@@ -28,19 +28,55 @@ _ROOT_WRAPPERS = {"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"}
 _NEAR_EMPTY = 0.01
 
 ShapeOf = Callable[[nn.Parameter], torch.Size]
+PieceOf = Callable[[str, nn.Parameter], "Piece | None"]
+
+
+class Runs(NamedTuple):
+    """How a piece lies in a weight, where it is no run of it: runs of `width` elements, `stride` apart."""
+
+    width: int
+    stride: int
+
+
+class Piece(NamedTuple):
+    """What a rank has of a weight while its owner runs: a tensor of `shape`, placed as a `Span`."""
+
+    shape: torch.Size
+    offset: int = 0
+    runs: Runs | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A contiguous local run of one parameter.
+    """A local piece of one parameter: a contiguous run, or (under tensor parallelism) several.
 
     `flat` is a 1-D view of the weights this rank holds; its element j is element `offset + j` of
-    the whole parameter, flattened row-major. Padding never belongs to a span.
+    the whole parameter, flattened row-major; with `runs`, `offset + j // width * stride + j % width`.
+    Padding never belongs to a span.
     """
 
     name: str
     flat: Tensor
     offset: int
+    runs: Runs | None = None
+
+    def number(self, j: int) -> int:
+        """Which element of the parameter element `j` of `flat` is."""
+        width, stride = self.runs or (self.flat.numel(), 0)
+        return self.offset + j // width * stride + j % width
+
+    def place(self, number: int) -> int:
+        """Where in `flat` an element of the parameter is: `number`, taken back."""
+        width, stride = self.runs or (0, self.flat.numel() + 1)
+        row, column = divmod(number - self.offset, stride)
+        return row * width + column
+
+
+def runs_of(offset: int, numel: int, runs: Runs | None) -> Iterator[tuple[int, slice]]:
+    """The contiguous runs of a piece, in order: the number of the first element, and which of the piece."""
+    width, stride = runs or (max(1, numel), 0)
+    for row, start in enumerate(range(0, numel, width)):
+        yield offset + row * stride, slice(start, min(start + width, numel))
 
 
 class Owner(NamedTuple):
@@ -59,13 +95,15 @@ class Owner(NamedTuple):
 class Param:
     """One trainable parameter: canonical name, whole shape, and the modules that own it.
 
-    A tied weight has several owners and one name.
+    A tied weight has several owners and one name. `piece`: what of it is here while an owner runs, where
+    that is not all (tensor parallelism).
     """
 
     name: str
     param: nn.Parameter
     shape: torch.Size
     owners: tuple[Owner, ...]
+    piece: Piece | None = None
 
     @property
     def numel(self) -> int:
@@ -112,7 +150,9 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_SEGMENTS)
 
 
-def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
+def trainable_params(
+    module: nn.Module, shape_of: ShapeOf, piece_of: PieceOf = lambda name, param: None
+) -> list[Param]:
     """The parameters with `requires_grad`, in registration order, each tied weight once.
 
     `module` is unwrapped. Raises ValueError when there are none, when one has a dtype other than
@@ -144,7 +184,7 @@ def trainable_params(module: nn.Module, shape_of: ShapeOf) -> list[Param]:
         if name in seen:
             raise ValueError(f"two different parameters are called {name} once wrappers are removed")
         seen.add(name)
-    return [Param(names[p], p, shape_of(p), tuple(o)) for p, o in owners.items()]
+    return [Param(names[p], p, shape_of(p), tuple(o), piece_of(names[p], p)) for p, o in owners.items()]
 
 
 def runner_of(name: str, modules: Mapping[str, nn.Module]) -> str:

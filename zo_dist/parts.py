@@ -18,6 +18,8 @@ from zo_dist.curvature import Curvature
 from zo_dist.kernels import EAGER_CHUNK
 from zo_dist.mask import Mask
 from zo_dist.noise import Noise
+from zo_dist.params import Runs
+from zo_dist.runs import in_runs
 
 # An embedding of at least so many rows for each token is shifted where it is looked up.
 _FEW = 8
@@ -57,16 +59,23 @@ class Shifts:
     clock: Clock = field(default_factory=Clock)
 
     def copies(
-        self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
+        self,
+        outs: Sequence[Tensor],
+        flat: Tensor,
+        name: str,
+        probes: Sequence[Probe],
+        offset: int = 0,
+        runs: Runs | None = None,
     ) -> None:
-        """For each of one direction's probes, `flat` shifted; it begins at element `offset` of `name`."""
+        """For each of one direction's probes, `flat` shifted; where in `name` it lies is as in a `Span`."""
+        noise = in_runs(self.noise, offset, runs)
         scales = [self.size(name, probe) for probe in probes]
         where = name, self.step, probes[0].direction, offset
         with self.clock.on("perturb"):
             if self.curvature.used:
-                self.curvature.shift(outs, flat, self.noise, *where, scales)
+                self.curvature.shift(outs, flat, noise, *where, scales)
             else:
-                self.noise.shift(outs, flat, *where, scales)
+                noise.shift(outs, flat, *where, scales)
             self.mask.put_back(outs, flat, name)
 
     def rows(self, table: Tensor, ids: Tensor, name: str, probe: Probe) -> Tensor:
@@ -134,8 +143,9 @@ class Scratch:
 
 
 def is_own(kind: type[nn.Module], forward: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> bool:
-    """Is this call torch's own forward of `kind`, with its one argument?"""
-    return getattr(forward, "__func__", None) is kind.forward and len(args) == 1 and not kwargs
+    """Is this call torch's own forward of `kind`, with its one argument, here and not on several ranks?"""
+    alone = len(args) == 1 and not kwargs and not hasattr(args[0], "placements")
+    return alone and getattr(forward, "__func__", None) is kind.forward
 
 
 def looks_up_few(owner: nn.Module, ids: Tensor) -> bool:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from zo_dist.params import Owner, Param, Span
+from zo_dist.engines.pieces import added_up, like, local_of, span_in
+from zo_dist.params import Owner, Param, Runs, Span
 from zo_dist.parts import (
     Probe,
     Scratch,
@@ -209,7 +210,7 @@ class ModulePerturbation:
         """The owner's output with its parameters pointed at `copies`; they are pointed back after."""
         if copies is None and isinstance(owner, nn.Embedding):
             ((place, param),) = self._owned[owner]
-            return looked_up(self._shifts, self._whole(place, param), param.name, probe, args[0])
+            return looked_up(self._shifts, self._stored(place, param), param.name, probe, args[0])
         if copies is None:
             return self._linear(owner, [(probe, args[0], None)])[0]
         stored = [(place, place.holder._parameters[place.attribute]) for place, _ in copies]
@@ -242,11 +243,12 @@ class ModulePerturbation:
             for place, param in self._owned[owner]:
                 if param.name not in probes[0].drawn:
                     continue
-                whole = self._whole(place, param).reshape(-1)
-                outs = [take_scratch(whole) for _ in probes]
-                self._shifts.copies(outs, whole, param.name, probes)
+                weight = self._stored(place, param)
+                span = span_in(param.piece, param.name, local_of(weight))
+                outs = [take_scratch(span.flat) for _ in probes]
+                self._shifts.copies(outs, span.flat, param.name, probes, span.offset, span.runs)
                 for mine, out in zip(copies, outs, strict=True):
-                    mine.append((place, out.view(param.shape)))
+                    mine.append((place, like(weight, out)))
             yield list(copies)
 
     def _linear(self, owner: nn.Module, sides: Sequence[tuple[Probe, Tensor, Tensor | None]]) -> list[Tensor]:
@@ -254,16 +256,17 @@ class ModulePerturbation:
         weights: dict[str, Tensor | None] = dict(owner._parameters)
         drawn = {}
         for place, param in self._owned[owner]:
-            weights[place.attribute] = self._whole(place, param)
+            weights[place.attribute] = self._stored(place, param)
             if param.name in sides[0][0].drawn:
                 drawn[place.attribute] = param.name
         weight, bias = weights["weight"], weights["bias"]
         assert weight is not None
         return linear(self._shifts, self._scratch, weight, bias, drawn, sides)
 
-    def _whole(self, place: Owner, param: Param) -> Tensor:
+    def _stored(self, place: Owner, param: Param) -> Tensor:
         weight = place.holder._parameters[place.attribute]
-        if weight is None or weight.shape != param.shape or hasattr(weight, "placements"):
+        here, is_cut = (param.piece or param).shape, hasattr(weight, "placements")
+        if weight is None or is_cut != (param.piece is not None) or local_of(weight).shape != here:
             raise RuntimeError(
                 f"parameter {param.name} is not whole while its owner runs; call the model "
                 "through the object that shards it, not a submodule of it"
@@ -272,7 +275,11 @@ class ModulePerturbation:
 
     def _detached(self, out: Any) -> Any:
         """`out`, with any view of a scratch copy (a module may return its weight) made its own."""
-        return pytree.tree_map_only(Tensor, lambda t: t.clone() if self._scratch.holds(t) else t, out)
+
+        def own(t: Tensor) -> Tensor:
+            return t.clone() if self._scratch.holds(local_of(t)) else added_up(t)
+
+        return pytree.tree_map_only(Tensor, own, out)
 
 
 @contextmanager
@@ -292,7 +299,13 @@ class Copying(Protocol):
     """What shifts weights: `Shifts`, or a `Projected`."""
 
     def copies(
-        self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
+        self,
+        outs: Sequence[Tensor],
+        flat: Tensor,
+        name: str,
+        probes: Sequence[Probe],
+        offset: int = 0,
+        runs: Runs | None = None,
     ) -> None: ...
 
 
@@ -312,7 +325,7 @@ class ShardPerturbation:
         snapshot = [span.flat.clone() for span in spans] if probe.drawn else []
         try:
             for span, clean in zip(spans, snapshot, strict=bool(snapshot)):
-                self._shifts.copies([span.flat], clean, span.name, [probe], span.offset)
+                self._shifts.copies([span.flat], clean, span.name, [probe], span.offset, span.runs)
             self._show()
             yield
         finally:

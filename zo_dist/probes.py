@@ -93,12 +93,15 @@ def count_rows(
     if bool(counts[:, 2].any()):
         raise ValueError(f"rank {int(counts[:, 2].argmax())} was given a bad batch; see its log")
     if shared:
-        if bool((counts != counts[0]).any()):
+        odd = [rank for rank, teller in enumerate(engine.teller_of) if counts[rank, 3] != counts[teller, 3]]
+        if odd:
             raise ValueError(
-                "ranks were given different rows, but they compute the same ones together (a pipeline): give "
-                f"all {engine.num_ranks} ranks the same batch"
+                f"rank {odd[0]} was given other rows than rank {engine.teller_of[odd[0]]}, though both "
+                "compute parts of one model (tensor parallelism, a pipeline): give the ranks of a group the "
+                f"same rows, and each of the {engine.num_groups} groups its own (engine.group of the "
+                "optimizer is this rank's)"
             )
-        counts = counts[:1]
+    counts = counts[sorted(set(engine.teller_of))]
     total = int(counts[:, 0].sum())
     if total * per_row < directions:
         raise ValueError(

@@ -21,7 +21,7 @@ from zo_dist.coefficients import Raw
 from zo_dist.engines import Engine
 from zo_dist.estimators import TwoSided
 from zo_dist.noise import Noise
-from zo_dist.params import Param, Span
+from zo_dist.params import Param, Runs, Span
 from zo_dist.part import Part
 from zo_dist.parts import Probe
 from zo_dist.perturb import ShardPerturbation
@@ -149,6 +149,12 @@ class Projected(Part):
                 f"(one is {params[-1].name}): name some of them, or give null for all"
             )
         names = {param.name for param in self.params}
+        for span in spans:
+            if span.name in names and span.runs is not None:
+                raise ValueError(
+                    f"projection.parameters has {span.name}, of which tensor parallelism leaves this rank "
+                    "columns: name others, or leave out the projection"
+                )
         # Weights without values, of a plan, stay where they are.
         self.weights = {
             span.name: span.flat.to(None if span.flat.is_meta else self._place, copy=True)
@@ -178,7 +184,13 @@ class Projected(Part):
         return StepProbes(engine, [self.params], 1, self.estimator, self.eps, shifted)
 
     def copies(
-        self, outs: Sequence[Tensor], flat: Tensor, name: str, probes: Sequence[Probe], offset: int = 0
+        self,
+        outs: Sequence[Tensor],
+        flat: Tensor,
+        name: str,
+        probes: Sequence[Probe],
+        offset: int = 0,
+        runs: Runs | None = None,
     ) -> None:
         """As `Shifts.copies`, of a whole span: at `probes` of the search."""
         for piece, exact, delta in self._pieces(name, flat):

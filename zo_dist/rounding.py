@@ -49,11 +49,21 @@ class Rounding16:
         return self.lost[name][start : start + numel] if name in self.lost else None
 
     def write(
-        self, flat: Tensor, exact: Tensor, lost: Tensor | None, name: str, step: int, offset: int
+        self,
+        flat: Tensor,
+        exact: Tensor,
+        lost: Tensor | None,
+        name: str,
+        step: int,
+        offset: int,
+        noise: Noise | None = None,
     ) -> None:
-        """Round float32 `exact`, which is overwritten, into `flat`: elements `offset ...` of `name`."""
+        """Round float32 `exact`, which is overwritten, into `flat`: elements `offset ...` of `name`.
+
+        `noise`: what knows which elements these are, where they do not follow each other.
+        """
         if self.mode == "stochastic" and flat.dtype != torch.float32:
-            self.noise.round(flat, exact, name, step, offset)
+            (noise or self.noise).round(flat, exact, name, step, offset)
             return
         flat.copy_(exact)
         if lost is not None:

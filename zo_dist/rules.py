@@ -49,7 +49,7 @@ class Rule(Part):
 
         `spans`: what is moved (see `Noise.factor_span`).
         """
-        self.offsets = {span.name: span.offset for span in spans}
+        self.places = {span.name: (span.offset, span.runs) for span in spans}
         self.kept = {
             key: {span.name: torch.zeros_like(span.flat, dtype=torch.float32) for span in spans}
             for key in self.keeps

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist.engines import Engine
+from zo_dist.engines.pieces import local_of, span_in
 from zo_dist.noise import Noise
 from zo_dist.params import Arm, Owner, Param, Span
 from zo_dist.parts import Probe, Shifts
@@ -167,7 +168,8 @@ def _forward_and_compare(
         def compare(_: nn.Module, args: object) -> None:
             weight = owner.holder._parameters[owner.attribute]
             assert weight is not None
-            ends = weight.detach().reshape(-1)[[span.offset, span.offset + span.flat.numel() - 1]]
+            here = span_in(param.piece, param.name, local_of(weight.detach()))
+            ends = here.flat[[here.place(span.number(j)) for j in (0, span.flat.numel() - 1)]]
             if not torch.equal(ends, values.to(ends)):
                 stale.append(param.name)
 

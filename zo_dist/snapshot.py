@@ -8,12 +8,13 @@ other wrote. Frozen weights and buffers are the base model's and are not in it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import psutil  # type: ignore[import-untyped,unused-ignore]
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 
 from zo_dist.files import fault_of, read_checked, sync_and_check, write_checked
 from zo_dist.optimizer import ZeroOrder
-from zo_dist.params import Param, Span
+from zo_dist.params import Param, Runs, Span, runs_of
 
 _MANIFEST = "manifest.json"
 
@@ -145,10 +146,12 @@ def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
         found = [(piece, _parts(path, index, kind, piece)) for kind, piece in _pieces(optimizer)]
     with engine.jointly():
         for span, parts in found:
-            for here, file, key, there in parts:
+            for (file, key), some in itertools.groupby(sorted(parts, key=_source), key=_source):
                 # One piece at a time: all of them are as much as the weights.
                 with safe_open(path / file, "pt") as opened:
-                    span.flat[here].copy_(opened.get_slice(key)[there])
+                    saved = opened.get_slice(key)
+                    for here, _, _, there in some:
+                        span.flat[here].copy_(saved[there])
     engine.publish()
     optimizer.scalars = manifest["scalars"]
     optimizer.tie = manifest["step"], manifest["record"]
@@ -227,48 +230,79 @@ def _file_of(rank: int) -> str:
 
 
 def _key(kind: str, span: Span) -> str:
-    return f"{kind}/{span.offset}/{span.name}"
+    """Of a piece that is several runs, their width and stride go with the offset."""
+    return f"{kind}/{'+'.join(map(str, (span.offset, *(span.runs or ()))))}/{span.name}"
 
 
 def _pieces(optimizer: ZeroOrder) -> list[tuple[str, Span]]:
     """What this rank holds: its weights, and what is kept beside them, by what it is."""
     spans = optimizer.engine.spans(optimizer.params)
-    offsets = {span.name: span.offset for span in spans}
+    places = {span.name: (span.offset, span.runs) for span in spans}
     pieces = [("weight", span) for span in spans]
     for kind, of in optimizer.beside.items():
         # A rule may keep what has another shape than the weight.
-        of_kind = optimizer.rule.offsets if kind in optimizer.rule.kept else offsets
-        pieces += [(kind, Span(name, tensor, of_kind[name])) for name, tensor in of.items()]
+        of_kind = optimizer.rule.places if kind in optimizer.rule.kept else places
+        pieces += [(kind, Span(name, tensor, *of_kind[name])) for name, tensor in of.items()]
     return pieces
 
 
-def _index(path: Path, manifest: dict[str, Any]) -> dict[tuple[str, str], list[tuple[int, int, str, str]]]:
-    """By kind and name of a weight, its pieces in order: offset, elements, file, key in the file."""
-    index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+class _Saved(NamedTuple):
+    """A piece in a file, under a key."""
+
+    offset: int
+    length: int
+    runs: Runs | None
+    file: str
+    key: str
+
+
+Index = dict[tuple[str, str], list[_Saved]]
+
+
+def _index(path: Path, manifest: dict[str, Any]) -> Index:
+    """By kind and name of a weight, its pieces."""
+    index: Index = {}
     for file in manifest["files"]:
         with safe_open(path / file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (it is no mapping)
-                kind, offset, name = key.split("/", 2)
+                kind, place, name = key.split("/", 2)
                 (length,) = opened.get_slice(key).get_shape()
-                index.setdefault((kind, name), []).append((int(offset), length, file, key))
-    return {of: sorted(pieces) for of, pieces in index.items()}
+                offset, *runs = map(int, place.split("+"))
+                saved = _Saved(offset, length, Runs(*runs) if runs else None, file, key)
+                index.setdefault((kind, name), []).append(saved)
+    return index
 
 
-def _parts(
-    path: Path, index: dict[tuple[str, str], list[tuple[int, int, str, str]]], kind: str, span: Span
-) -> list[tuple[slice, str, str, slice]]:
+def _parts(path: Path, index: Index, kind: str, span: Span) -> list[tuple[slice, str, str, slice]]:
     """Where the elements of a span are: which, file, key, and which of that. SnapshotError if not all are."""
-    parts, filled, numel = [], 0, span.flat.numel()
-    # Pieces of what has a number for each row of a weight overlap, where ranks share a row of it.
-    for offset, length, file, key in index.get((kind, span.name), []):
-        start, stop = span.offset + filled, min(offset + length, span.offset + numel)
-        if offset <= start < stop:
-            here = slice(filled, stop - span.offset)
-            parts.append((here, file, key, slice(start - offset, stop - offset)))
-            filled = stop - span.offset
-    if filled != numel:
-        raise SnapshotError(
-            f"{path} has {filled} of {numel} elements of {kind} {span.name} from {span.offset} on; it "
-            "is of other parameters or another rounding mode"
-        )
+    saved = sorted(
+        (number, number + there.stop - there.start, piece.file, piece.key, there.start)
+        for piece in index.get((kind, span.name), [])
+        for number, there in runs_of(piece.offset, piece.length, piece.runs)
+    )
+    parts, first = [], 0
+    for number, here in runs_of(span.offset, span.flat.numel(), span.runs):
+        filled, length = 0, here.stop - here.start
+        # Runs follow each other; what lies before this one is not looked at again.
+        while first < len(saved) and saved[first][1] <= number:
+            first += 1
+        # Pieces of what has a number for each row of a weight overlap, where ranks share a row of it.
+        for i in range(first, len(saved)):
+            begin, end, file, key, at = saved[i]
+            start, stop = number + filled, min(end, number + length)
+            if begin > start or filled == length:
+                break
+            if start < stop:
+                place = slice(here.start + filled, here.start + stop - number)
+                parts.append((place, file, key, slice(at + start - begin, at + stop - begin)))
+                filled = stop - number
+        if filled != length:
+            raise SnapshotError(
+                f"{path} has {filled} of {length} elements of {kind} {span.name} from {number} on; it "
+                "is of other parameters or another rounding mode"
+            )
     return parts
+
+
+def _source(part: tuple[slice, str, str, slice]) -> tuple[str, str]:
+    return part[1], part[2]

@@ -20,6 +20,7 @@ from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise, to_device
 from zo_dist.params import Param, Span
 from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Adam, Rule, square_root
+from zo_dist.runs import in_runs
 from zo_dist.thin import SquareSum, Thin
 
 # Elements per pass and core: their float32 sums stay in its cache over all directions. A GPU takes
@@ -64,11 +65,12 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
 
     Terms are added up in float32 in the order given, so the result does not depend on how weights are cut.
     """
-    rule, rounding, noise, step = write.rule, write.rounding, write.noise, write.step
+    rule, rounding, step = write.rule, write.rounding, write.step
+    noise = in_runs(write.noise, span.offset, span.runs)
     mask, curvature = write.mask, write.curvature
     # The fused forms know one step, no mask, no curvature, and no noise that is made of two sides.
     plain = not (mask.cuts(span.name) or curvature.used or noise.has_sides(span.name) or terms.earlier)
-    fused = type(rule) is SGD and plain
+    fused = type(rule) is SGD and plain and span.runs is None
     remaining = rule.remaining(write.lr, param.shape)
     if fused and noise.in_native(span.flat):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
@@ -107,7 +109,7 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
                     curvature.precondition(exact, h, noise, span.name, step, terms.curved, offset)
                 move = exact if moved else rule.move(exact, kept, terms.writes)
                 exact.copy_(_new_weights(move, scalars, *inputs))
-            rounding.write(flat, exact, lost, span.name, step, offset)
+            rounding.write(flat, exact, lost, span.name, step, offset, noise)
 
 
 def _thin(span: Span, terms: Terms, write: Write) -> Thin | _Quotients:

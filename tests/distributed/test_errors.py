@@ -133,7 +133,7 @@ def with_weights_of_its_own(engine: str) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "num_ranks"),
-    [("replicated", 3), ("hsdp_2x2", 4), pytest.param("zero3_2x2", 4, marks=needs_deepspeed)],
+    [("replicated", 3), ("hsdp_2x2", 4), ("tp_2x2", 4), pytest.param("zero3_2x2", 4, marks=needs_deepspeed)],
 )
 def test_starting_weights_that_differ_between_replicas(pool: PoolOf, engine: str, num_ranks: int) -> None:
     for error in pool(num_ranks).errors(with_weights_of_its_own, engine):

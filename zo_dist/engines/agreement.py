@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zo_dist import native
+from zo_dist.params import Runs
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,12 +29,17 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
 
-def fingerprint(weight: Tensor, offset: int = 0) -> int:
-    """64 bits: the wrapped sum of each element's bits times its odd number, the first being `offset`.
+def fingerprint(weight: Tensor, offset: int = 0, runs: Runs | None = None) -> int:
+    """64 bits: the wrapped sum of each element's bits times its odd number, as `Span` numbers them.
 
     No change of a single element leaves it as it was, and the sum of the pieces' is the whole's.
     """
     words = weight.detach().reshape(-1).view(_INTEGERS[weight.element_size()])
+    if runs is not None:
+        # As if they followed each other, and what each run lies farther on.
+        of_runs = words.view(-1, runs.width).sum(1, dtype=torch.int64)
+        farther = torch.arange(len(of_runs), device=words.device) * (2 * (runs.stride - runs.width))
+        return (fingerprint(weight, offset) + int((of_runs * farther).sum())) & (1 << 64) - 1
     if words.device.type == "cpu" and native.library() is not None:
         return native.fingerprint(words, offset)
     total = torch.zeros((), dtype=torch.int64, device=weight.device)

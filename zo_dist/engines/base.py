@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zo_dist.engines.agreement import digest, fingerprint, moment_sums, require_alike
-from zo_dist.params import Param, Span
+from zo_dist.params import Param, Piece, Span
 
 # Of an error message sent to the other ranks.
 _REASON_BYTES = 600
@@ -19,10 +19,11 @@ _REASON_BYTES = 600
 class Engine:
     """One way of holding a model's weights. One rank is N ranks with N = 1.
 
-    `module`: what a forward is called on. `rank`, `num_ranks`: over all processes. `group`, `num_groups`: the
-    same of those that take rows of their own; the ranks of one group take the same. `device`: where the
-    model computes. `has_copies`: does another rank hold what this one does? Subclasses say which part of a
-    parameter this rank holds.
+    `module`: what a forward is called on. `rank`, `num_ranks`: over all processes. They form `num_groups`
+    groups, of which this rank is in number `group`: the ranks of one take the same rows, and one of them
+    tells the losses. A group is one rank, those over which tensor parallelism cuts layers, or a pipeline.
+    `device`: where the model computes. `has_copies`: does another rank hold what this one does? Subclasses
+    say which part of a parameter this rank holds.
     """
 
     name = "engine"
@@ -36,15 +37,32 @@ class Engine:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.num_ranks = dist.get_world_size() if distributed else 1
-        self.group, self.num_groups = self.rank, self.num_ranks
+        # Of each rank, the one of its group that tells the losses.
+        self.teller_of = list(range(self.num_ranks))
         # Scalars go over gloo where there is one: reading them then waits for no GPU kernel.
         self._scalar_device = torch.device("cpu")
         if distributed and "gloo" not in str(dist.get_backend_config()):
             self._scalar_device = device
 
+    @property
+    def num_groups(self) -> int:
+        return len(set(self.teller_of))
+
+    @property
+    def group(self) -> int:
+        return sorted(set(self.teller_of)).index(self.teller_of[self.rank])
+
+    def _take_rows_with(self, ranks: Sequence[int]) -> None:
+        """Make one group of these ranks, this one among them. A collective."""
+        self.teller_of = [int(teller) for teller in self.exchange([float(min(ranks))]).flatten()]
+
     def shape_of(self, param: nn.Parameter) -> torch.Size:
         """The whole parameter's shape, whatever part is here."""
         return param.shape
+
+    def piece_of(self, name: str, param: nn.Parameter) -> Piece | None:
+        """What of a parameter is here while its owner runs; None for all of it."""
+        return None
 
     def spans(self, params: Iterable[Param]) -> list[Span]:
         """The parts of `params` that this rank owns, as views that the next forward reads from.
@@ -90,7 +108,7 @@ class Engine:
         return everyone.cpu().view(self.num_ranks, -1)
 
     def reduce(self, values: Tensor, alike: object = None) -> Tensor:
-        """Sum of float64 `values` over ranks, added in rank order: the same bits everywhere.
+        """Sum of float64 `values` over groups, added in order: the same bits everywhere.
 
         `alike`: what must be the same on every rank, compared by a digest of its `repr` that travels
         along (8 bytes). Raises DesyncError on every rank, naming those that differ, if it is not.
@@ -99,8 +117,9 @@ class Engine:
         everyone = self.exchange(torch.cat([mine, mine.new_tensor([digest(repr(alike))])]))
         digests = everyone[:, -1].tolist()
         require_alike(dict(enumerate(digests)), "what they draw in this step or wrote in the last")
-        total = everyone[0, :-1].clone()
-        for row in everyone[1:, :-1]:
+        first, *others = sorted(set(self.teller_of))
+        total = everyone[first, :-1].clone()
+        for row in everyone[others, :-1]:
             total += row
         return total.view(values.shape)
 
@@ -120,7 +139,7 @@ class Engine:
         A collective of 32 bytes per parameter and rank, after one pass over this rank's weights. Raises
         DesyncError, naming the ranks, where two hold different copies of the same piece.
         """
-        bits = {span.name: fingerprint(span.flat, span.offset) for span in self.spans(params)}
+        bits = {span.name: fingerprint(span.flat, span.offset, span.runs) for span in self.spans(params)}
         mine = [float(x) for p in params for x in divmod(bits.get(p.name, 0), 1 << 32)]
         everyone = self.exchange(mine).to(torch.int64).view(self.num_ranks, -1, 2).tolist()
         whole: dict[str, int] = {}
@@ -196,10 +215,20 @@ class Engine:
 
         Every rank must call it. ValueError on every rank if copies differ anywhere.
         """
-        self.has_copies = len(holders) > 1
-        if self.has_copies:
+        self.has_copies |= len(holders) > 1
+        if len(holders) > 1:
             prints = {name: fingerprint(piece) for name, piece in pieces.items()}
             self.require_equal("the starting weights", prints, among=holders)
+
+    def compare_pieces(self, pieces: Mapping[str, Tensor], places: Mapping[str, int]) -> None:
+        """`compare_copies` among ranks that have the same number in `places`, for each weight by itself."""
+        everyone = self.exchange([float(place) for place in places.values()])
+        alike: dict[tuple[float, ...], list[str]] = {}
+        for name, column in zip(places, everyone.T.tolist(), strict=True):
+            alike.setdefault(tuple(column), []).append(name)
+        for column, names in alike.items():
+            holders = [rank for rank, place in enumerate(column) if place == column[self.rank]]
+            self.compare_copies({name: pieces[name] for name in names}, holders)
 
     def together(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error, so that none waits for one that left."""

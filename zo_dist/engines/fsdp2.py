@@ -1,4 +1,4 @@
-"""Weights sharded by PyTorch FSDP2 (`fully_shard`), on a 1-D mesh or HSDP."""
+"""Weights sharded by PyTorch FSDP2 (`fully_shard`), also around tensor parallelism."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from zo_dist.engines.base import Engine, await_each_forward
-from zo_dist.params import Param, Span, canonical_name
+from zo_dist.engines.pieces import fsdp_axis, piece_of, place_of, ranks_along, span_in
+from zo_dist.params import Param, Piece, Span, canonical_name
 
 
 class FSDP2Engine(Engine):
@@ -20,9 +22,10 @@ class FSDP2Engine(Engine):
     A group that stays unsharded after a forward (FSDP2 leaves the root so by default) would not see
     a write, so `spans` and `publish` reshard first. Under mixed precision and CPU offload the gather
     reads, casts and copies what was written; offloaded shards are written on the CPU. (Offload to
-    the CPU from a GPU has not been run.) Raises ValueError for placements other than
-    `Shard(0)` and `Replicate`, for parameters that no group manages, and, on every rank, for HSDP
-    replicas that do not start with equal weights.
+    the CPU from a GPU has not been run.) Layers that tensor parallelism cut before stay cut while they run.
+    Raises ValueError for placements other than `Shard(0)` and `Replicate` of FSDP2, and those of tensor
+    parallelism that `pieces.piece_of` does not know, for parameters that no group manages, and, on every
+    rank, for copies that do not start with equal weights.
     """
 
     name = "fsdp2"
@@ -42,27 +45,29 @@ class FSDP2Engine(Engine):
         for name, param in module.named_parameters():
             if not isinstance(param, DTensor):
                 raise ValueError(f"parameter {name} is not sharded; do not pass it in ignored_params")
-            if not all(isinstance(p, Replicate) or p == Shard(0) for p in param.placements):
-                raise ValueError(
-                    f"parameter {name} is placed {param.placements}; only Shard(0) and Replicate "
-                    "(fully_shard's default, 1-D or HSDP mesh) can be trained"
-                )
             shards[canonical_name(name)] = param
         first = next(iter(shards.values()))
-        mesh = first.device_mesh
-        device = torch.device(mesh.device_type)
+        device = torch.device(first.device_mesh.device_type)
         if device.type != "cpu":
             device = torch.device(device.type, torch.accelerator.current_device_index())
         super().__init__(module, device)
-        if mesh.size() != self.num_ranks:
-            raise ValueError(
-                f"the model is sharded over {mesh.size()} of {self.num_ranks} processes; every "
-                "process must be on the mesh (use a 2-D HSDP mesh for replicas)"
-            )
+        # Of a layer that tensor parallelism cuts, the axes of that follow those of FSDP2.
+        most = max(shards.values(), key=lambda param: param.device_mesh.ndim)
+        rows_with = ranks_along(most, fsdp_axis(most) + 1)
+        for shard in shards.values():
+            size = shard.device_mesh.size()
+            if size not in (self.num_ranks, self.num_ranks // len(rows_with)):
+                raise ValueError(
+                    f"the model is sharded over {size} of {self.num_ranks} processes; every "
+                    "process must be on the mesh (use a 2-D HSDP mesh for replicas)"
+                )
+        with self.jointly():
+            self._pieces = {name: _pieces_of(name, param) for name, param in shards.items()}
+        self._take_rows_with(rows_with)
         if first.to_local().device.type != device.type:
             await_each_forward(module)
-        pieces = {name: param.to_local() for name, param in shards.items()}
-        self.compare_copies(pieces, _ranks_of_same_shard(first))
+        locals_ = {name: param.to_local() for name, param in shards.items()}
+        self.compare_pieces(locals_, {name: place_of(param) for name, param in shards.items()})
 
     def _note_run(self, module: nn.Module, args: object) -> None:
         self._has_run = True
@@ -76,9 +81,10 @@ class FSDP2Engine(Engine):
         return super().spans(params)
 
     def _span(self, param: Param) -> Span | None:
-        sharded = _sharded(param)
-        local = sharded.to_local().detach()
-        return Span(param.name, local.reshape(-1), _first_row(sharded) * local[:1].numel())
+        return span_in(self._pieces[param.name][0], param.name, _sharded(param).to_local().detach())
+
+    def piece_of(self, name: str, param: nn.Parameter) -> Piece | None:
+        return self._pieces[name][1]
 
     def publish(self) -> None:
         self._reshard()
@@ -105,20 +111,14 @@ def _sharded(param: Param) -> DTensor:
     return sharded
 
 
-def _ranks_of_same_shard(param: DTensor) -> list[int]:
-    """The ranks whose shards are copies of this rank's, itself among them: one per HSDP replica."""
-    mesh, coordinate = param.device_mesh, param.device_mesh.get_coordinate()
-    assert coordinate is not None
-    axes = zip(param.placements, coordinate, strict=True)
-    return mesh.mesh[tuple(slice(None) if p == Replicate() else c for p, c in axes)].flatten().tolist()
-
-
-def _first_row(param: DTensor) -> int:
-    """The first row of this rank's shard; FSDP2 cuts dim 0 as `torch.chunk` does."""
-    for axis, placement in enumerate(param.placements):
-        if placement == Shard(0):
-            coordinate = param.device_mesh.get_coordinate()
-            assert coordinate is not None
-            rows, parts = param.shape[0], param.device_mesh.size(axis)
-            return min(coordinate[axis] * -(-rows // parts), rows)
-    return 0
+def _pieces_of(name: str, param: DTensor) -> tuple[Piece, Piece | None]:
+    """What this rank holds of a parameter, and what it has of it while its owner runs."""
+    axis = fsdp_axis(param)
+    cut = param.placements[axis : axis + 1]
+    if any(not p.is_shard(0) and not isinstance(p, _StridedShard) for p in cut):
+        raise ValueError(
+            f"parameter {name} is placed {param.placements}; of FSDP2 only Shard(0) and Replicate "
+            "(fully_shard's default, 1-D or HSDP mesh) can be trained"
+        )
+    running = piece_of(name, param, axis + 1) if axis + 1 < param.device_mesh.ndim else None
+    return piece_of(name, param, axis, fsdp=True), running

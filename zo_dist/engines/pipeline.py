@@ -76,7 +76,7 @@ class PipelineEngine(Engine):
         self._stage, self._parts = stage, _Parts(stage)
         here = [param for param in module.parameters() if param.device.type != "meta"]
         super().__init__(module, here[0].device)
-        self.group, self.num_groups = 0, 1
+        self.teller_of = [self.num_ranks - 1] * self.num_ranks
         self._schedule: tuple[object, PipelineStage, ScheduleGPipe] | None = None
         named = {canonical_name(name): param for name, param in module.named_parameters()}
         held = self.exchange([float(param.device.type != "meta") for param in named.values()]).bool()

@@ -9,16 +9,19 @@ from zo_dist.params import unwrap
 
 
 def select(model: nn.Module) -> Engine:
-    """The engine of a plain module, DDP, a `fully_shard`-ed module, a pipeline's stage or a DeepSpeed engine.
+    """The engine of a module that is plain, in DDP, `fully_shard`-ed, cut by tensor parallelism or into a
+    pipeline, or in a DeepSpeed engine.
 
     Raises ValueError, with the remedy, for what cannot be trained here: FSDP1, ZeRO-3 parameters
     outside a DeepSpeed engine, ZeRO++ forms that hide or quantise the written shard.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
 
     from zo_dist.engines.fsdp2 import FSDP2Engine
     from zo_dist.engines.pipeline import PipelineEngine, stage_of
     from zo_dist.engines.replicated import ReplicatedEngine
+    from zo_dist.engines.tensor_parallel import TensorParallelEngine
 
     module = unwrap(model)
     if any(isinstance(m, FullyShardedDataParallel) for m in module.modules()):
@@ -40,6 +43,8 @@ def select(model: nn.Module) -> Engine:
         return FSDP2Engine(module)
     if stage_of(module) is not None:
         return PipelineEngine(module)
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        return TensorParallelEngine(module)
     return ReplicatedEngine(module)
 
 

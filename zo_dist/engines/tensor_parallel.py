@@ -1,0 +1,55 @@
+"""Layers cut over ranks by tensor parallelism: `parallelize_module`, or the plan of a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from zo_dist.engines.base import Engine
+from zo_dist.engines.pieces import local_of, piece_of, place_of, ranks_along, span_in
+from zo_dist.params import Param, Piece, Span, canonical_name
+
+
+class TensorParallelEngine(Engine):
+    """Weights that stay cut, with copies of these among groups of ranks where there are several.
+
+    A forward sends activations and no weight; a step sends scalars. Raises ValueError for a mesh of several
+    axes, and, on every rank, for placements that `pieces.piece_of` does not know and for copies that do not
+    start with equal weights.
+    """
+
+    name = "tensor_parallel"
+
+    def __init__(self, module: nn.Module) -> None:
+        named = {canonical_name(name): param for name, param in module.named_parameters()}
+        cut = {name: param for name, param in named.items() if isinstance(param, DTensor)}
+        first = next(iter(cut.values()))
+        for name, param in cut.items():
+            if param.device_mesh != first.device_mesh or param.device_mesh.ndim > 1:
+                raise ValueError(
+                    f"parameter {name} lies on the mesh {param.device_mesh}; cut all layers over one mesh of "
+                    'one axis (mesh["tp"] of a larger one)'
+                )
+        super().__init__(module, local_of(first).device)
+        with self.jointly():
+            self._pieces = {name: piece_of(name, param) for name, param in cut.items()}
+            for name, held in named.items():
+                if not local_of(held).is_contiguous():
+                    raise ValueError(f"parameter {name} is not contiguous; make it so before it is cut")
+        self._take_rows_with(ranks_along(first, 0))
+        pieces = {name: local_of(param) for name, param in named.items()}
+        self.compare_pieces(pieces, {name: place_of(param) for name, param in named.items()})
+
+    def piece_of(self, name: str, param: nn.Parameter) -> Piece | None:
+        return self._pieces.get(name)
+
+    def _span(self, param: Param) -> Span:
+        return span_in(self._pieces.get(param.name), param.name, local_of(param.param.detach()))
+
+    @contextmanager
+    def whole(self, param: Param) -> Iterator[Tensor]:
+        weight = param.param.detach()
+        yield weight.full_tensor() if isinstance(weight, DTensor) else weight
