@@ -258,7 +258,7 @@ def wrong(what: str) -> None:
         ("other parts", "num_micro_batches must be the same on every rank"),
         ("other weights", "lm_head.weight must be the same on every rank"),
         ("cut twice", "stage of a pipeline already"),
-        ("other rows", "ranks were given different rows"),
+        ("other rows", "was given other rows"),
     ],
 )
 def test_wrong_use_is_refused_by_every_rank(pool: Callable[[int], Pool], what: str, message: str) -> None:
