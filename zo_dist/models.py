@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,16 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from zo_dist.config import Config, ModelConfig
 from zo_dist.engines import DsConfig, pipeline, read_ds_config
 from zo_dist.engines.build import (
+    NotInPartsError,
     fsdp2_mesh,
     reading_shards,
     require_process_group,
+    shard_by_rows,
     shard_with_fsdp2,
     zero3_engine,
     zero3_group,
@@ -65,10 +67,10 @@ def choose_engine(config: Config, num_ranks: int) -> str:
 def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, num_ranks: int) -> nn.Module:
     """The model as `ZeroOrder` takes it, in eval mode. Every rank must call it.
 
-    fsdp2 reads of each file what this rank is to hold, but for models that `reading_shards` names and where
-    shards are offloaded to the CPU of a GPU machine: those go whole through each process's memory, or, in the
-    dtype of their safetensors files, through pages that ranks share. So they do in a pipeline and under
-    deepspeed stage 3 in groups (`engine.shard_ranks`); else it partitions each weight as rank 0 reads it.
+    fsdp2 and deepspeed stage 3 read of each file what this rank is to hold, but for models that
+    `reading_shards` names and where fsdp2's shards are offloaded to the CPU of a GPU machine. Those go whole
+    through each process's memory, or, in the dtype of their safetensors files, through pages that ranks
+    share, as all do in a pipeline; under stage 3 without groups (`engine.shard_ranks`) rank 0 alone reads them.
     """
     kind = choose_engine(config, num_ranks)
     if kind == "fsdp2":
@@ -81,9 +83,8 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
         shard = partial(shard_with_fsdp2, mesh=mesh, offload_to_cpu=offload, compute_dtype=compute_dtype)
         # Read in shards, weights go to the device of the mesh, where those to be offloaded may find no room.
         whole = offload and device.type != "cpu"
-        with nullcontext() if whole else reading_shards(shard, mesh.size(-1)):
-            model = _trainable(config.model, distributed_config=None if whole else NO_SHARDING)
-        return model.to(device) if isinstance(model, FSDPModule) else shard(model)
+        model = None if whole else _read_in_parts(config.model, shard, mesh.size(-1), rank)
+        return shard(_trainable(config.model)) if model is None else model.to(device)
     if kind == "deepspeed":
         assert config.engine.deepspeed is not None
         ds = read_ds(config, hf_config, num_ranks)
@@ -92,10 +93,12 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
         if ds.stage == 3:
             require_process_group(kind)
             group = zero3_group(config.engine.shard_ranks)
-            if group is not None:
+            shard, num_shards = partial(shard_by_rows, group=group), config.engine.shard_ranks or num_ranks
+            model = _read_in_parts(config.model, shard, num_shards, rank)
+            if model is not None:
+                return zero3_engine(model, ds, group)
+            with zero3_loading(ds) if group is None else nullcontext():
                 return zero3_engine(_trainable(config.model), ds, group)
-            with zero3_loading(ds):
-                return zero3_engine(_trainable(config.model), ds)
     if kind == "pipeline":
         require_process_group(kind)
         assert config.engine.micro_batches is not None
@@ -124,18 +127,41 @@ def read_ds(config: Config, hf_config: Any, num_ranks: int) -> DsConfig:
     return ds
 
 
-def _trainable(config: ModelConfig, **options: object) -> nn.Module:
-    """The model in memory, in eval mode, frozen where it is not trained. `options`: of `from_pretrained`."""
+def _read_in_parts(
+    config: ModelConfig, shard: Callable[[nn.Module], nn.Module], num_shards: int, rank: int
+) -> nn.Module | None:
+    """The model as `shard` has it, of which each rank has read its part; None if it has to be read whole."""
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        with reading_shards(shard, num_shards):
+            return _trainable(config, distributed_config=NO_SHARDING)
+    except NotInPartsError as reason:
+        if rank == 0:
+            log.info("%s is read whole: %s", config.source, reason)
+    return None
+
+
+def _trainable(config: ModelConfig, **options: object) -> nn.Module:
+    """The model in memory, in eval mode, frozen where it is not trained. `options`: of `from_pretrained`.
+
+    ValueError, before any training, if its files cannot be read or lack a weight.
+    """
+    try:
+        read: Any = AutoModelForCausalLM.from_pretrained(
             str(resolve_model(config.source)),
             dtype=config.torch_dtype,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
             **options,
         )
     except OSError as error:
         raise ValueError(f"model.source: cannot load {config.source!r}: {error}") from error
+    model: nn.Module = read[0]
+    if missing := sorted(read[1]["missing_keys"]):
+        raise ValueError(
+            f"model.source: the files of {config.source!r} lack {len(missing)} of the model's weights, which "
+            f"would be random numbers: {', '.join(missing[:5])}; name a folder that has them all"
+        )
     freeze(model, config.parameters)
     return model.eval()
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from zo_dist.engines.ds_config import DsConfig
@@ -89,6 +90,10 @@ def is_cpu_offload(policy: object) -> bool:
     return isinstance(policy, CPUOffloadPolicy)
 
 
+class NotInPartsError(ValueError):
+    """A rank cannot read its part of this model alone; the message says why."""
+
+
 @contextmanager
 def reading_shards(shard: Callable[[nn.Module], nn.Module], num_shards: int) -> Iterator[None]:
     """Inside, `from_pretrained` with a `distributed_config` reads what this rank holds, no more.
@@ -97,17 +102,18 @@ def reading_shards(shard: Callable[[nn.Module], nn.Module], num_shards: int) -> 
     hook of its own shard it, then reads, converts and casts slices of the files (since 5.15). Its sharding
     makes other groups than `shard_with_fsdp2`, needs a plan that some models lack, and more than one process:
     so `shard` takes the hook's place. Shards come to the mesh's device; buffers stay on the CPU until
-    `.to(device)`. A model that it cannot read in parts comes whole and not sharded: one with quantised
-    weights, or with fewer experts than leave one for each of `num_shards` ranks.
+    `.to(device)`. NotInPartsError, before anything is read, for a model with quantised weights, or with fewer
+    experts than leave one for each of `num_shards` ranks.
     """
 
     def hook(cls: type[PreTrainedModel], model: PreTrainedModel, *others: object) -> nn.Module:
-        quantised = getattr(model.config, "quantization_config", None) is not None
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise NotInPartsError("its weights are quantised")
         # Experts in a file each are stacked, which fails where there is none.
         stacked = {param.shape[0] for param in model.parameters() if param.ndim > 2}
-        empty = any(-(-rows // num_shards) * (num_shards - 1) >= rows for rows in stacked)
-        if quantised or (empty and num_shards > 1):
-            return model
+        few = [rows for rows in stacked if -(-rows // num_shards) * (num_shards - 1) >= rows]
+        if few and num_shards > 1:
+            raise NotInPartsError(f"its {few[0]} experts leave none for some of {num_shards} ranks")
         # Else FSDP2 takes what is tied after it was read for two parameters.
         model.tie_weights()
         return shard(model)
@@ -120,9 +126,24 @@ def reading_shards(shard: Callable[[nn.Module], nn.Module], num_shards: int) -> 
         del PreTrainedModel.maybe_distribute_model
 
 
+def shard_by_rows(module: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
+    """Make each parameter, which has no memory yet, rows over a group: what `zero3_engine` takes."""
+    ranks = group or dist.group.WORLD
+    assert ranks is not None
+    mesh = DeviceMesh.from_group(ranks, "cpu")
+
+    def rows_of(param: nn.Parameter) -> nn.Parameter:
+        places = [Shard(0) if param.ndim else Replicate()]
+        rows = distribute_tensor(param.detach(), mesh, places, src_data_rank=None)
+        return nn.Parameter(rows, requires_grad=param.requires_grad)
+
+    _replace_parameters(module, rows_of)
+    return module
+
+
 @contextmanager
 def zero3_loading(ds: DsConfig) -> Iterator[None]:
-    """Inside, `from_pretrained` builds models partitioned from the start (zero.Init)."""
+    """Inside, `from_pretrained` builds models partitioned from the start (zero.Init), read by rank 0."""
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -152,14 +173,65 @@ def zero3_group(shard_ranks: int | None) -> dist.ProcessGroup | None:
 def zero3_engine(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | None = None) -> nn.Module:
     """The DeepSpeed engine that gathers and releases the weights of `module`: no optimizer in it.
 
-    `group`: the ranks that hold a copy together; `module`, whole on each rank, is then partitioned here, one
+    `group`: the ranks that hold a copy together. `module`: its weights are rows over that group
+    (`shard_by_rows`), or partitioned already, or whole on each rank; then they are partitioned here, one
     weight at a time.
     """
     import deepspeed
 
-    if group is not None:
-        deepspeed.init_distributed()
+    deepspeed.init_distributed()
+    if any(isinstance(param, DTensor) for param in module.parameters()):
+        _partition_rows(module, ds, group)
+    elif group is not None:
         deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=ds.config)
     engine: Any = deepspeed.initialize(model=module, config=ds.config)[0]
     wrapped: nn.Module = engine
     return wrapped
+
+
+def _partition_rows(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | None) -> None:
+    """Make the rows that each rank holds ZeRO-3's partitions, which are cut flat, one weight at a time.
+
+    Where ranks have equally many rows those are the partition: on a CPU, without offload, in the same memory,
+    which may be a file's pages. Else the weight is gathered, and cut by DeepSpeed.
+    """
+    import deepspeed
+
+    init: Any = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds.config)
+
+    def partition_of(param: nn.Parameter) -> nn.Parameter:
+        rows: Any = param.detach()
+        mesh, kept = rows.device_mesh, False
+        # Memory that is not written to takes none.
+        whole = torch.empty(rows.shape, dtype=init.dtype, device=init.local_device)
+        if rows.ndim and rows.shape[0] % mesh.size() == 0:
+            mine = rows.to_local().reshape(-1)
+            kept = (mine.device, mine.dtype) == (init.remote_device, init.dtype)
+            if not kept:
+                whole.view(-1).narrow(0, mesh.get_local_rank() * len(mine), len(mine)).copy_(mine)
+        else:
+            whole.copy_(rows.full_tensor())
+        partitioned = nn.Parameter(whole, requires_grad=param.requires_grad)
+        init._convert_to_deepspeed_param(partitioned)
+        of_zero: Any = partitioned
+        of_zero.partition()
+        if kept:
+            of_zero.ds_tensor.data = mine
+        return partitioned
+
+    _replace_parameters(module, partition_of)
+    module.to(init.local_device)  # buffers
+
+
+def _replace_parameters(module: nn.Module, replacement: Callable[[nn.Parameter], nn.Parameter]) -> None:
+    """Put another in the place of each parameter, in all its places where it is tied, and let go of it."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for holder in module.modules():
+        for name, param in holder._parameters.items():
+            if param is not None:
+                places.setdefault(param, []).append((holder, name))
+    while places:
+        param = next(iter(places))
+        new = replacement(param)
+        for holder, name in places.pop(param):
+            setattr(holder, name, new)
