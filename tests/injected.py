@@ -50,7 +50,7 @@ class Injected:
             if sign or direction == 0 or mode == "reference"
         ]
         self.groups = directions // per_row
-        self.turns = self._turns()
+        self.turns, self.calls = self._turns(), 0
         # How often a step has come to each row.
         self.step, self.seen = 0, dict[int, int]()
 
@@ -66,6 +66,7 @@ class Injected:
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         loss_of(model, batch)
         step, side = next(self.turns)
+        self.calls += 1
         if step != self.step:
             self.step, self.seen = step, {}
         losses = []

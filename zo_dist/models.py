@@ -70,7 +70,7 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
     fsdp2 and deepspeed stage 3 read of each file what this rank is to hold, but for models that
     `reading_shards` names and where fsdp2's shards are offloaded to the CPU of a GPU machine. Those go whole
     through each process's memory, or, in the dtype of their safetensors files, through pages that ranks
-    share, as all do in a pipeline; under stage 3 without groups (`engine.shard_ranks`) rank 0 alone reads them.
+    share; under stage 3 without groups (`engine.shard_ranks`) rank 0 alone reads them. A pipeline's do, all.
     """
     kind = choose_engine(config, num_ranks)
     if kind == "fsdp2":
