@@ -17,9 +17,10 @@ import torch
 
 from zo_dist.laws import LAWS
 from zo_dist.noise import Noise
-from zo_dist.params import Param, Span
+from zo_dist.params import Param, Runs, Span
 from zo_dist.rounding import Rounding16
 from zo_dist.rules import SGD
+from zo_dist.runs import in_runs
 from zo_dist.update import Terms, Write, update_span
 
 
@@ -34,6 +35,10 @@ def jobs(noise: Noise, weight: torch.Tensor) -> dict[str, Callable[[], object]]:
     timed: dict[str, Callable[[], object]] = {
         "shift": lambda: noise.shift([out], weight, "w", 0, 0, 0, [1e-3]),
         "shift to both sides": lambda: noise.shift([out, other], weight, "w", 0, 0, 0, [1e-3, -1e-3]),
+        # What tensor parallelism leaves of rows of 2,048 elements: half of each.
+        "shift of columns to both sides": lambda: in_runs(noise, 0, Runs(1024, 2048)).shift(
+            [out, other], weight, "w", 0, 0, 0, [1e-3, -1e-3]
+        ),
         "sum of 4": lambda: noise.accumulate(total, "w", 0, [(d, 1e-3) for d in range(4)], 0),
         "round": lambda: noise.round(out, total, "w", 0, 0),
     }
