@@ -19,8 +19,6 @@ from zo_dist.engines import select
 from zo_dist.estimators import Estimator, ThreeSided, TwoSided
 from zo_dist.laws import Law
 from zo_dist.mask import Mask, SmallWeights
-from zo_dist.noise import Noise
-from zo_dist.objective import Objective
 from zo_dist.params import Arm, evaluating, find_layers, group_arms, trainable_params
 from zo_dist.parts import Shifts
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
@@ -32,7 +30,6 @@ from zo_dist.probes import (
     StepProbes,
     closure_sums,
     count_rows,
-    first_row,
     require_groups,
 )
 from zo_dist.projection import NO_ARMS, Projected, Projection
@@ -40,12 +37,11 @@ from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
 from zo_dist.scale import Scale
-from zo_dist.selfcheck import check_engine, warn_of_coarse_weights
-from zo_dist.state import Stateful
+from zo_dist.startup import Startup
 from zo_dist.structure import Structure, noise_of
 from zo_dist.trajectory import StepRecord, TrajectoryError
 from zo_dist.trials import Trials, require_fine_weights, require_trials
-from zo_dist.update import Terms, Write, update_span, use_each_kernel
+from zo_dist.update import Terms, Write, update_span
 
 Perturb = Literal["module", "shard"]
 
@@ -56,7 +52,7 @@ class NonFiniteLossError(RuntimeError):
     """Too many steps in a row had a loss that is not a number; nothing was written by them."""
 
 
-class ZeroOrder(Stateful):
+class ZeroOrder(Startup):
     """Fine-tunes a model, sharded or not, with forward passes only.
 
     A step draws arms for each direction, evaluates the loss at `weights +- eps * noise`, lets the
@@ -414,50 +410,6 @@ class ZeroOrder(Stateful):
                 "The weights are those of the last step that was written"
             )
         return math.nan
-
-    def prepare(self, batch: Batch, row_loss: RowLoss) -> None:
-        """The start-up check and the compilation of the noise, which the first step else begins with.
-
-        The check is by `row_loss`, or by the `check` of an `Objective`.
-        Every rank must call it, if any does. Raises on every rank what `selfcheck.check_engine` does.
-        """
-
-        smooth = row_loss.check if isinstance(row_loss, Objective) else row_loss
-
-        def evaluate(rows: int) -> Tensor:
-            out = smooth(self.engine.module, first_row(batch, rows))
-            return out[0] if isinstance(out, tuple) else out
-
-        self._prepare(evaluate, stacks=True)
-
-    @torch.no_grad()
-    def _prepare(self, evaluate: Callable[[int], Tensor], stacks: bool) -> None:
-        if self._prepared:
-            return
-        self.warm_up()
-
-        def together(rows: int) -> Tensor:
-            return self.engine.evaluate(lambda *_: evaluate(rows).view(1, rows), 1, rows)[0]
-
-        if self.self_check:
-            with evaluating(self.engine.module):
-                check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, together)
-            if type(self.noise) is Noise:
-                warn_of_coarse_weights(self.engine, self.params, self.eps)
-        # Not before: a check that an error ended is made again.
-        self._prepared = True
-
-    def warm_up(self) -> None:
-        """Compile the noise kernels for these weights; where nothing can be compiled they run eagerly."""
-        # A weight is shifted where the model computes, and written where its span is.
-        kinds = {(p.param.dtype, self.engine.device) for p in self.params}
-        kinds |= {(span.flat.dtype, span.flat.device) for span in self.engine.spans(self.params)}
-        unfused = bool(self.mask.thresholds or self.anchor.every) or self.curvature.used
-        most = max(self.directions, self.anchor.directions)
-        self.noise.warm_up(
-            kinds,
-            lambda w: use_each_kernel(w, self.rule, self.rounding.mode, self.noise, most, unfused),
-        )
 
 
 def _means(sums: Tensor) -> Tensor:
