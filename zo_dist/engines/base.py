@@ -53,8 +53,9 @@ class Engine:
         return sorted(set(self.teller_of)).index(self.teller_of[self.rank])
 
     def _take_rows_with(self, ranks: Sequence[int]) -> None:
-        """Make one group of these ranks, this one among them. A collective."""
-        self.teller_of = [int(teller) for teller in self.exchange([float(min(ranks))]).flatten()]
+        """Make one group of these ranks, this one among them; as many on every rank. A collective of several."""
+        if len(ranks) > 1:
+            self.teller_of = [int(teller) for teller in self.exchange([float(min(ranks))]).flatten()]
 
     def shape_of(self, param: nn.Parameter) -> torch.Size:
         """The whole parameter's shape, whatever part is here."""
