@@ -31,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "low rank": {"noise": "gaussian", "structure": {"name": "low_rank", "rank": 2, "refresh": 5}},
     "curvature": {"estimator": "three_sided", "curvature": {"smoothing": 0.1}},
     "anchor": {"directions": 2, "anchor": {"every": 50}},
+    "conservative": {"conservative": True},
     "cast": {"engine": {"kind": "fsdp2", "compute_dtype": "bfloat16"}},
 }
 
@@ -110,9 +111,13 @@ def test_what_cannot_be_run_is_refused(
     assert told in capsys.readouterr().err
 
 
-def test_a_learned_scale_is_refused() -> None:
-    config = config_of(rows=2, scale={"name": "learned", "path": "s"})
-    with pytest.raises(ValueError, match="values"):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"scale": {"name": "learned", "path": "s"}}, "values"), ({"projection": {"every": 5}}, "searches")],
+)
+def test_what_a_step_does_not_show_is_refused(options: dict[str, Any], words: str) -> None:
+    config = config_of(rows=2, **options)
+    with pytest.raises(ValueError, match=words):
         list(dry_run(config, wide_llama(2), (), 2, LENGTH, 1))
 
 

@@ -291,6 +291,11 @@ def test_an_anchor_is_refused() -> None:
         make(anchor="third")
 
 
+def test_clipped_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="clip_rows is 3"):
+        make(estimator=zo_dist.TwoSided(clip_rows=3.0))
+
+
 def rank_dependent_projection() -> None:
     import torch.distributed as dist
 

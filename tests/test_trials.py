@@ -316,6 +316,7 @@ def test_a_log_holds_what_was_kept(tmp_path: Path, sampler: str) -> None:
         ({"rule": zo_dist.Momentum()}, "rule is Momentum"),
         ({"curvature": zo_dist.DiagonalCurvature(smoothing=0.1)}, "there is a curvature"),
         ({"anchor": zo_dist.Anchor(every=2)}, "there is an anchor"),
+        ({"estimator": zo_dist.TwoSided(clip_rows=3.0)}, "clip_rows is 3.0"),
     ],
 )
 def test_parts_that_it_does_not_go_with_are_refused(options: dict[str, Any], message: str) -> None:

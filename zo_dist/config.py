@@ -209,9 +209,9 @@ class OptimizerConfig:
         curvature.require(self.build_estimator(), self.scale.build(), rule, self.sampler.build())
         anchor = Anchored(self.anchor)
         anchor.require(coefficients, rule, curvature)
-        Projected(self.projection).require(anchor)
+        Projected(self.projection).require(anchor, self.build_estimator())
         if self.conservative:
-            require_trials(rule, curvature, anchor)
+            require_trials(rule, curvature, anchor, self.build_estimator())
 
     def build_estimator(self) -> Estimator:
         makes = {"two_sided": TwoSided, "one_sided": OneSided, "three_sided": ThreeSided}

@@ -150,10 +150,10 @@ class ZeroOrder(Startup):
             if self.anchor.every:
                 require_groups(self.anchor.directions, directions_per_row, "anchor.directions")
             self.projection = Projected(projection)
-            self.projection.require(self.anchor)
+            self.projection.require(self.anchor, self.estimator)
             self.trials = Trials() if conservative else None
             if self.trials:
-                require_trials(self.rule, self.curvature, self.anchor)
+                require_trials(self.rule, self.curvature, self.anchor, self.estimator)
                 require_fine_weights(p.param.dtype for p in self.params)
             self.rounding = Rounding16(rounding, self.noise)
             spans = self.engine.spans(self.params)

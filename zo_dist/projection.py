@@ -19,7 +19,7 @@ from torch import Tensor
 from zo_dist.anchor import Anchored
 from zo_dist.coefficients import Raw
 from zo_dist.engines import Engine
-from zo_dist.estimators import TwoSided
+from zo_dist.estimators import Estimator, TwoSided
 from zo_dist.noise import Noise
 from zo_dist.params import Param, Runs, Span
 from zo_dist.part import Part
@@ -130,8 +130,13 @@ class Projected(Part):
     def on_cpu(self) -> bool:
         return self._place is not None
 
-    def require(self, anchor: Anchored) -> None:
+    def require(self, anchor: Anchored, estimator: Estimator) -> None:
         """Raise ValueError for parts that do not go with a projection."""
+        if self.every and math.isfinite(estimator.clip_rows):
+            raise ValueError(
+                f"there is a projection, whose searches clip no rows; clip_rows is {estimator.clip_rows}: "
+                "leave out one of them"
+            )
         if self.every and anchor.every:
             raise ValueError(
                 "there is a projection, and an anchor too, which would be due in the middle of a search: "

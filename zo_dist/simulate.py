@@ -259,6 +259,8 @@ def _require_fit(optimizer: ZeroOrder) -> None:
     refused = {
         "anchor": (optimizer.anchor.every > 0, "leave it out"),
         "curvature": (optimizer.curvature.used, "leave it out"),
+        "projection": (optimizer.projection.every > 0, "leave it out: its search needs the server's weights"),
+        "conservative": (optimizer.trials is not None, "set it to false: workers do not know what to try"),
         "perturb": (optimizer.perturb != "module", "use module: workers at other weights share a step"),
         "engine": (optimizer.engine.num_ranks > 1, "use one process: it plays all workers"),
         "step_count": (optimizer.step_count > 0, "take a new optimizer: workers begin without a record"),

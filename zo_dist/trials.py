@@ -43,7 +43,7 @@ class Trials(Estimator):
         return found
 
 
-def require_trials(rule: Rule, curvature: Curvature, anchor: Anchored) -> None:
+def require_trials(rule: Rule, curvature: Curvature, anchor: Anchored, estimator: Estimator) -> None:
     """Raise ValueError for parts that conservative steps do not go with."""
     but = "conservative is true, and trials are along what each direction writes by itself"
     if type(rule) is not SGD:
@@ -55,6 +55,11 @@ def require_trials(rule: Rule, curvature: Curvature, anchor: Anchored) -> None:
         raise ValueError(
             f"{but}, but there is a curvature, which a step changes before its write: leave it out, or set "
             "conservative to false"
+        )
+    if math.isfinite(estimator.clip_rows):
+        raise ValueError(
+            f"{but}, but clip_rows is {estimator.clip_rows}, and trials compare losses as they are: leave it "
+            "out, or set conservative to false"
         )
     if anchor.every:
         raise ValueError(

@@ -53,7 +53,7 @@ class Engine:
         return sorted(set(self.teller_of)).index(self.teller_of[self.rank])
 
     def _take_rows_with(self, ranks: Sequence[int]) -> None:
-        """Make one group of these ranks, this one among them; as many on every rank. A collective of several."""
+        """Make one group of these ranks, this one among them, of as many on every rank: a collective."""
         if len(ranks) > 1:
             self.teller_of = [int(teller) for teller in self.exchange([float(min(ranks))]).flatten()]
 

@@ -122,6 +122,9 @@ def run_plan(args: argparse.Namespace) -> None:
     if args.json:
         of_steps = {"dry_run": [each.as_dict() for each in stepped]} if args.dry_run else {}
         print(json.dumps(plan.as_dict() | of_steps, indent=2), flush=True)
+    differing = [each.planned.name for each in stepped if each.differing]
+    if differing:
+        raise ValueError(f"the dry run of {', '.join(differing)} did not do what was planned: see its rows")
     if args.write is not None:
         if plan.recommended is None:
             raise ValueError(f"nothing fits, so there is no config to write to {args.write}")
@@ -129,9 +132,6 @@ def run_plan(args: argparse.Namespace) -> None:
         written = write_config(plan, plan.recommended, Path(args.write), ds_path, command)
         if not args.json:
             print(f"written: {', '.join(map(str, written))}", flush=True)
-    differing = [each.planned.name for each in stepped if each.differing]
-    if differing:
-        raise ValueError(f"the dry run of {', '.join(differing)} did not do what was planned: see its rows")
 
 
 @contextmanager

@@ -88,8 +88,8 @@ def dry_run(
     Of replicated weights and FSDP2 (1-D and HSDP) on the GPU: DeepSpeed wants weights that are there, and
     FSDP2's copies from the host are made where there is a GPU alone; these modes are passed over. ValueError
     where a process group exists, where ranks would have different numbers of rows (there is but one rank to
-    count them), and for a learned scale, which is a function of the weights' values. Cost: some 2 ms for each
-    module that the step runs.
+    count them), for a projection, and for a learned scale, which is a function of the weights' values. Cost:
+    some 2 ms for each module that the step runs.
     """
     if dist.is_initialized():
         raise ValueError("--dry-run stands for all ranks by itself: start it without torchrun or deepspeed")
@@ -98,6 +98,8 @@ def dry_run(
             f"train.rows is {config.train.rows}: --dry-run has one rank stand for all {count}, so they must "
             f"have equally many rows (train.rows={-(-config.train.rows // count) * count})"
         )
+    if config.optimizer.projection is not None:
+        raise ValueError("optimizer.projection is set, whose searches --dry-run does not step: leave it out")
     if config.optimizer.scale.name == "learned":
         raise ValueError("optimizer.scale is learned: it follows the weights' values, which --dry-run lacks")
     runs = [p for p in planned if p.memory and p.mode.engine != "zero3" and not p.mode.offload]
@@ -105,7 +107,8 @@ def dry_run(
         raise ValueError("--dry-run has nothing to run: it runs replicated weights and FSDP2, not offloaded")
     for each in runs:
         with _fake_ranks(count):
-            yield _stepped(config, shape, each, count, length, answer)
+            stepped = _stepped(config, shape, each, count, length, answer)
+        yield stepped
 
 
 def _stepped(
