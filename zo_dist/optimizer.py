@@ -161,7 +161,7 @@ class ZeroOrder(Startup):
             if self.rule.factored:
                 self.noise.require_factor(self.rule.lasting)
             self.rule.begin([self.noise.factor_span(s) for s in spans] if self.rule.factored else spans)
-            self.curvature.begin(spans, self.params, perturb)
+            self.curvature.begin(spans, self.engine.here(self.params), perturb)
             self.anchor.begin(spans)
             self.projection.begin(spans, self.params)
             self.writes, self.written = [0] * len(self.arms), [-1] * len(self.arms)

@@ -144,10 +144,10 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         **table.BESIDES[besides],
         **options,
     )
-    share = SHARES[optimizer.engine.num_groups]
+    # All ranks of a pipeline run all rows, in 11 parts.
+    share = [[(0, ROWS)]] if engine == "pipeline" else SHARES[optimizer.engine.num_groups]
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
     mine = [cut(batch, a, b) for a, b in share[optimizer.engine.group]]
-    # All ranks of a pipeline run all rows in 11 parts.
     num_forwards = 11 if engine == "pipeline" else max(len(pieces) for pieces in share)
     calls = {"num_forwards": num_forwards, "per_row": per_row}
     known = Injected(optimizer.perturb, directions, **calls, estimator=estimator, search=searched(besides))
