@@ -266,7 +266,7 @@ def _matched(params: Sequence[Param], pattern: str) -> dict[str, str]:
         found = {p.name: re.search(pattern, p.name) for p in params}
     except re.error as error:
         raise ValueError(f"arms is {pattern!r}, not a regular expression: {error}") from error
-    matched = {name: name[: match.end()] for name, match in found.items() if match}
+    matched = {name: name[: match.end()] for name, match in found.items() if match and match.group()}
     if not matched:
         raise ValueError(
             f"arms is {pattern!r}, which is found in the name of no trained parameter; names look like "

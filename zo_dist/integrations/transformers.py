@@ -213,6 +213,12 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
                 options["rule"] = SGD(self.args.weight_decay)
             model = self.model if model is None else model
             self.optimizer = _SteppedByTrainer(model, lr=self.args.learning_rate, **options)
+            engine = self.optimizer.engine
+            if engine.num_groups < engine.num_ranks:
+                raise ValueError(
+                    "ZOTrainer gives each rank rows of its own, but ranks compute parts of one model here "
+                    "(tensor parallelism): use step_batch"
+                )
         return self.optimizer
 
     # The step
