@@ -1,4 +1,4 @@
-"""Configs, shapes and modes that the tests of the planner share."""
+"""Configs, settings, shapes and modes that the tests of the planner share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from transformers import LlamaConfig
 from zo_dist.config import Config
 from zo_dist.planning.plan import Plan, Planned
 from zo_dist.settings import build
+
+# Settings of a step, for either way to perturb.
+EITHER_WAY: dict[str, dict[str, Any]] = {
+    "dense": {"directions": 4},
+    "forwards of 2 rows": {"directions": 2, "micro_rows": 2},
+    "adam, kahan": {
+        "dtype": "bfloat16",
+        "directions": 2,
+        "sampler": {"name": "adalezo", "ratio": 0.6},
+        "rule": {"name": "adam"},
+        "rounding": "kahan",
+    },
+    "directions per row": {"directions": 4, "directions_per_row": 2, "estimator": "one_sided"},
+    "anchor": {"directions": 2, "anchor": {"every": 50}},
+    "conservative": {"directions": 2, "conservative": True},
+    "curvature": {"directions": 2, "estimator": "three_sided", "curvature": {"smoothing": 0.1}},
+}
 
 
 def config_of(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from planned import config_of, wide_llama
+from planned import EITHER_WAY, config_of, wide_llama
 from workers import Pool
 
 from zo_dist.cli import main
@@ -19,19 +19,8 @@ from zo_dist.planning.plan import make_plan
 
 LENGTH = 64
 SETTINGS: dict[str, dict[str, Any]] = {
-    "dense": {"directions": 4},
-    "forwards of 2 rows": {"directions": 2, "micro_rows": 2},
-    "adam, kahan": {
-        "dtype": "bfloat16",
-        "sampler": {"name": "adalezo", "ratio": 0.6},
-        "rule": {"name": "adam"},
-        "rounding": "kahan",
-    },
-    "directions per row": {"directions": 4, "directions_per_row": 2, "estimator": "one_sided"},
+    **EITHER_WAY,
     "low rank": {"noise": "gaussian", "structure": {"name": "low_rank", "rank": 2, "refresh": 5}},
-    "curvature": {"estimator": "three_sided", "curvature": {"smoothing": 0.1}},
-    "anchor": {"directions": 2, "anchor": {"every": 50}},
-    "conservative": {"conservative": True},
     "cast": {"engine": {"kind": "fsdp2", "compute_dtype": "bfloat16"}},
 }
 

@@ -228,7 +228,7 @@ def test_large_owners_are_shifted_side_by_side_and_in_parts(
     losses, counts = [], []
     for large in (limit, 1 << 24):
         monkeypatch.setattr("zo_dist.perturb._LARGE", large)
-        monkeypatch.setattr("zo_dist.parts._PART", large)
+        monkeypatch.setattr("zo_dist.kernels.PART", large)
         spy, optimizer = Spy(), optimizer_of(build(kind), directions=2)
         numels = numels_shifted_by(optimizer)
         optimizer.step_batch(rows_for(kind, 4), spy)

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_dist.kernels import part_of
 from zo_dist.laws import Law
 from zo_dist.matrices import MatrixNoise
 from zo_dist.noise import Noise, to_device
 
 # Elements of a matrix whose noise is held at a time: they stay in a core's cache. A GPU needs more work.
 _CHUNK, _GPU_CHUNK = 1 << 18, 1 << 22
-# Elements of a base that take part in one product.
-_PART, _GPU_PART = 1 << 20, 1 << 24
 # Directions whose signs are drawn together.
 _TOGETHER = 32
 
@@ -63,7 +62,7 @@ class FlipoutNoise(MatrixNoise):
         right = self._flips(name, "columns", step, directions, 0, columns, x.device).to(x.dtype)
         flipped = torch.cat([x[mine] * signs for (_, _, mine), signs in zip(terms, right, strict=True)])
         sizes = [mine.stop - mine.start for _, _, mine in terms]
-        most = max(1, (_PART if x.device.type == "cpu" else _GPU_PART) // columns)
+        most = max(1, part_of(x.device) // columns)
         for start in range(0, rows, most):
             part = slice(start, min(start + most, rows))
             base = x.new_empty((part.stop - start) * columns)

@@ -19,11 +19,19 @@ from torch import Tensor
 # for a GPU, a kernel may count elements in 32 bits.
 EAGER_CHUNK, FUSED_CHUNK = 1 << 20, 1 << 30
 
+# Elements of a matrix whose noise takes part in one product. A GPU needs more work in one.
+PART, GPU_PART = 1 << 20, 1 << 24
+
 # Up to so many elements, one call on copies padded to whole tiles is cheaper than one for the tiles
 # and one for each end.
 _SMALL = 1 << 14
 
 _WIDER = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32: torch.int64}
+
+
+def part_of(device: torch.device) -> int:
+    """How many elements of a matrix whose noise is made go into one product."""
+    return PART if device.type == "cpu" else GPU_PART
 
 
 class Kernel(NamedTuple):

@@ -124,9 +124,8 @@ class ZeroOrder(Startup):
             self.params = trainable_params(self.engine.module, self.engine.shape_of, self.engine.piece_of)
             self.arms: list[Arm] = group_arms(self.engine.module, self.params, arms)
             # Emptied when the model turns out to run drawn weights before its layers.
-            self.layers = [layer for _, layer in find_layers(self.engine.module)]
-            if not self.engine.shares_prefix:
-                self.layers = []
+            layers = find_layers(self.engine.module) if self.engine.shares_prefix else []
+            self.layers = [layer for _, layer in layers]
             # Names of parameters that run before the layers: a step that draws one shares no prefix.
             self.before_layers: set[str] = set()
             shapes = {p.name: p.shape for p in self.params}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zo_dist.clock import Clock
 from zo_dist.curvature import Curvature
-from zo_dist.kernels import EAGER_CHUNK
+from zo_dist.kernels import EAGER_CHUNK, part_of
 from zo_dist.mask import Mask
 from zo_dist.noise import Noise
 from zo_dist.params import Runs
@@ -23,9 +23,6 @@ from zo_dist.runs import in_runs
 
 # An embedding of at least so many rows for each token is shifted where it is looked up.
 _FEW = 8
-
-# Elements of a linear layer that are shifted at a time. A GPU needs more work in one product.
-_PART, _GPU_PART = 1 << 20, 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +93,6 @@ class Shifts:
         return probe.sign * self.eps * length * self.factors.get(name, 1.0)
 
 
-def _part_of(weight: Tensor) -> int:
-    return _PART if weight.device.type == "cpu" else _GPU_PART
-
-
 class Scratch:
     """Buffers for shifted copies: they stack up while owners nest, and are used again after.
 
@@ -122,7 +115,7 @@ class Scratch:
             for i in range(depth, len(self._buffers)):
                 buffer = self._buffers[i]
                 # In bytes: a part of a linear layer in float32 stays.
-                if buffer.numel() > 4 * _part_of(buffer):
+                if buffer.numel() > 4 * part_of(buffer.device):
                     self._buffers[i] = buffer.new_empty(0)
 
     def _take(self, like: Tensor) -> Tensor:
@@ -184,10 +177,10 @@ def linear(
     """What an nn.Linear returns for one or both sides of a direction, some of its outputs at a time.
 
     `drawn`: the names of what is shifted, by `weight` and `bias`. `sides`: a probe, its input, and where
-    the output goes, if the caller has a place for it. The scratch copies stay small: of `_PART` elements.
+    the output goes, if the caller has a place for it. The scratch copies stay small: of `part_of` elements.
     """
     probes = [probe for probe, _, _ in sides]
-    num_out, rows = len(weight), max(1, _part_of(weight) // weight.shape[1])
+    num_out, rows = len(weight), max(1, part_of(weight.device) // weight.shape[1])
     outs = [out for _, _, out in sides]
 
     def shifted(which: str, whole: Tensor, take: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -101,8 +101,8 @@ class Stateful(torch.optim.Optimizer):
                 f"the saved state is of {arms} arms, this optimizer has {len(self.arms)}: give it the model "
                 "and the setting arms that it was saved with"
             )
-        saved = _tensors(state_dict["beside"])
-        mine = _tensors(self.beside)
+        saved = tensors_of(state_dict["beside"])
+        mine = tensors_of(self.beside)
         if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in mine.items()}:
             raise ValueError(
                 "the saved state is of other shards, or of another rule, rounding, curvature or anchor, or "
@@ -116,5 +116,6 @@ class Stateful(torch.optim.Optimizer):
             group.update(saved_group)
 
 
-def _tensors(beside: dict[str, dict[str, Tensor]]) -> dict[tuple[str, str], Tensor]:
+def tensors_of(beside: dict[str, dict[str, Tensor]]) -> dict[tuple[str, str], Tensor]:
+    """Those of `Stateful.beside`, by what each is and its canonical name."""
     return {(kind, name): tensor for kind, of in beside.items() for name, tensor in of.items()}

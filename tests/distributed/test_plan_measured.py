@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import LENGTH, build, loss_of, rows_for
-from planned import config_of, mode_of, wide_llama
+from planned import EITHER_WAY, config_of, mode_of, wide_llama
 from transformers import AutoModelForCausalLM
 from workers import Pool, deepspeed_engine, freed_at_once, needs_deepspeed
 
@@ -24,33 +24,13 @@ from zo_dist.train import build_optimizer
 # Rows of a step on each rank.
 ROWS = 4
 
+SHARD = {"perturb": "shard"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "dense": {"directions": 4},
-    "forwards of 2 rows": {"directions": 2, "micro_rows": 2},
-    "adam, kahan": {
-        "dtype": "bfloat16",
-        "directions": 2,
-        "sampler": {"name": "adalezo", "ratio": 0.6},
-        "rule": {"name": "adam"},
-        "rounding": "kahan",
-    },
-    "shard": {"directions": 3, "perturb": "shard"},
-    "directions per row": {"directions": 4, "directions_per_row": 2, "estimator": "one_sided"},
-    "directions per row, shard": {
-        "directions": 4,
-        "directions_per_row": 2,
-        "estimator": "one_sided",
-        "perturb": "shard",
-    },
-    "anchor": {"directions": 2, "anchor": {"every": 50}},
-    "conservative": {"directions": 2, "conservative": True},
-    "conservative, shard": {"directions": 2, "conservative": True, "perturb": "shard"},
-    "curvature": {
-        "directions": 2,
-        "perturb": "shard",
-        "estimator": "three_sided",
-        "curvature": {"smoothing": 0.1},
-    },
+    **EITHER_WAY,
+    "shard": {"directions": 3, **SHARD},
+    **{f"{name}, shard": EITHER_WAY[name] | SHARD for name in ("directions per row", "conservative")},
+    # Ranks that hold parts of the weights have it in this way alone.
+    "curvature": EITHER_WAY["curvature"] | SHARD,
 }
 
 

@@ -32,9 +32,7 @@ def place_of(param: Tensor) -> int:
     place = 0
     if not isinstance(param, DTensor):
         return place
-    for placement, at, parts in zip(
-        param.placements, _coordinate(param), param.device_mesh.shape, strict=True
-    ):
+    for placement, at, parts in _axes(param):
         place = place * parts + (0 if isinstance(placement, Replicate) else at)
     return place
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PretrainedConfig
 
-from zo_dist import parts
+from zo_dist import kernels
 from zo_dist.batches import rows_of_rank
 from zo_dist.config import Config
 from zo_dist.engines import Engine
@@ -33,6 +33,7 @@ from zo_dist.planning.collectives import Counted, split
 from zo_dist.planning.formulas import Mode
 from zo_dist.planning.meta import Rows, Tracer, batch_of, without_values
 from zo_dist.planning.plan import Planned, optimizer_of, unfilled
+from zo_dist.state import tensors_of
 
 # Of memory, beside what is planned.
 TOLERANCE = 0.1
@@ -67,7 +68,7 @@ class Stepped:
     @property
     def planned_bytes(self) -> int:
         assert self.planned.memory is not None
-        return self.planned.memory.kept + self.planned.memory.forward
+        return self.planned.memory.held + self.planned.memory.forward
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -180,9 +181,7 @@ def _held(optimizer: ZeroOrder) -> list[Tensor]:
     engine = optimizer.engine
     params = [*optimizer.params, *frozen_params(engine.module, engine.shape_of)]
     held = [*(span.flat for span in engine.spans(params)), *engine.module.buffers()]
-    held += [t for kept in optimizer.rule.kept.values() for t in kept.values()]
-    held += [*optimizer.curvature.kept.values(), *optimizer.anchor.weights.values()]
-    return [*held, *optimizer.rounding.lost.values()]
+    return [*held, *tensors_of(optimizer.beside).values()]
 
 
 class Peak(Tracer):  # type: ignore[no-untyped-call]
@@ -228,14 +227,14 @@ def _fake_ranks(count: int) -> Iterator[None]:
     from torch.distributed._tools import fake_collectives  # noqa: F401  (collectives of fake tensors)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    compare, part = Engine.compare_copies, parts._PART
+    compare, part = Engine.compare_copies, kernels.PART
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)  # type: ignore[no-untyped-call,unused-ignore]
     # Weights without values have copies without values.
     Engine.compare_copies = lambda self, pieces, holders: None  # type: ignore[method-assign]
     # It stands for GPUs, on which linear layers are shifted in larger pieces.
-    parts._PART = parts._GPU_PART
+    kernels.PART = kernels.GPU_PART
     try:
         yield
     finally:
-        Engine.compare_copies, parts._PART = compare, part  # type: ignore[method-assign]
+        Engine.compare_copies, kernels.PART = compare, part  # type: ignore[method-assign]
         dist.destroy_process_group()

@@ -22,6 +22,7 @@ from zo_dist.planning.meta import Traced, Tracer, without_values
 from zo_dist.planning.sharding import Gathers, fsdp2_gathers, no_gathers, shard_numel, zero3_gathers
 from zo_dist.rounding import ROUNDINGS
 from zo_dist.scale import LearnedScale
+from zo_dist.state import tensors_of
 from zo_dist.update import Terms, Write, update_span
 
 Sharded = Literal["replicated", "fsdp2", "zero3"]
@@ -101,7 +102,7 @@ class Memory:
     host: int
 
     @property
-    def kept(self) -> int:
+    def held(self) -> int:
         return self.weights + self.state + self.lost
 
     @property
@@ -110,7 +111,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.kept + max(self.forward, self.update)
+        return self.held + max(self.forward, self.update)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -298,8 +299,7 @@ def _update_peak(optimizer: ZeroOrder, spans: list[Span]) -> int:
     """What the write of the largest span needs beside it: the real code on the meta device."""
     span = max(spans, key=lambda s: s.flat.numel())
     param = next(p for p in optimizer.params if p.name == span.name)
-    kept = [t for of in (*optimizer.rule.kept.values(), optimizer.rounding.lost) for t in of.values()]
-    tracer = Tracer([span.flat, *kept, *optimizer.curvature.kept.values()], None)
+    tracer = Tracer([span.flat, *tensors_of(optimizer.beside).values()], None)
     without_values(optimizer.noise, tracer)
     parts = optimizer.rule, optimizer.rounding, optimizer.noise
     write = Write(*parts, step=0, lr=1.0, curvature=optimizer.curvature)

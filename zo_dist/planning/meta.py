@@ -28,6 +28,7 @@ from zo_dist.noise import Noise
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.probes import StepProbes, rows_of_groups
 from zo_dist.samplers import Draw
+from zo_dist.state import tensors_of
 from zo_dist.tasks import choice_loss, option_nll_loss
 from zo_dist.trials import Trials
 
@@ -303,7 +304,8 @@ def _done(evaluate: Any, probes: StepProbes, batch: Any, row_loss: Any) -> Tenso
 def _traced(optimizer: ZeroOrder, rows: Rows, run: Any) -> Traced:
     module = optimizer.engine.module
     batch, loss = batch_of(rows, torch.device("meta"))
-    outside = [*module.parameters(), *module.buffers(), *batch.values(), *optimizer.curvature.kept.values()]
+    kept = tensors_of(optimizer.beside)
+    outside = [*module.parameters(), *module.buffers(), *batch.values(), *kept.values()]
     vocabulary = getattr(getattr(module, "config", None), "vocab_size", None)
     tracer = Tracer(outside, vocabulary)
     without_values(optimizer.noise, tracer)
