@@ -27,9 +27,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 TESTS = Path(__file__).parent
 CALL_TIMEOUT_S = 120.0
@@ -41,11 +44,13 @@ HAVE_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAVE_DEEPSPEED, reason="deepspeed is not installed")
 
 
-def deepspeed_takes(dtype: str) -> bool:
-    """Does DeepSpeed run in this dtype here? It refuses float16 on a CPU without arithmetic for it."""
+def runs_in(dtype: torch.dtype, engine: str) -> bool:
+    """Does the engine run in this dtype here? DeepSpeed refuses float16 on a CPU that cannot compute it."""
     import torch
 
-    return dtype != "float16" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    if dtype != torch.float16 or not engine.startswith("zero"):
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from injected import Injected, remembered_noise
 from models import EXPERTS, build, cut, loss_of, rows_for
 from reference import Reference, weight_tolerance
-from workers import HAVE_DEEPSPEED, Pool, deepspeed_takes, digest, needs_deepspeed, whole_weights, wrap
+from workers import HAVE_DEEPSPEED, Pool, digest, needs_deepspeed, runs_in, whole_weights, wrap
 
 import zo_dist
 
@@ -222,7 +222,7 @@ def _skip_without_deepspeed(engine: str) -> None:
 
 def _taken(engine: str, combos: list[Combo]) -> list[Combo]:
     """Those that the engine runs on this machine."""
-    return [c for c in combos if not engine.startswith("zero") or deepspeed_takes(c[0][0])]
+    return [c for c in combos if runs_in(getattr(torch, c[0][0]), engine)]
 
 
 @pytest.mark.parametrize(("engine", "num_ranks"), PLACES)
