@@ -16,6 +16,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PrefixTuningConfig, get_p
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import write_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -569,6 +571,26 @@ def test_a_checkpoint_of_two_ranks_is_taken_up_by_one(
     assert (ours.optimizer.step_count, ours.optimizer.param_groups[0]["lr"]) == (7, 0.0)
     assert same(weights(ours.model), weights(AutoModelForCausalLM.from_pretrained(checkpoint)))
     assert (checkpoint / SNAPSHOT).is_dir()
+
+
+def together(base: Path, output: Path, how: str) -> None:
+    with of_its_own():
+        model = AutoModelForCausalLM.from_pretrained(base)
+        if how == "pipeline":
+            model = zo_dist.pipeline(model, num_micro_batches=2)
+        else:
+            mesh = init_device_mesh("cpu", (2,))
+            parallelize_module(model, mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
+        trainer(model, output)
+
+
+@pytest.mark.parametrize("how", ["pipeline", "tensor parallelism"])
+def test_ranks_that_compute_one_model_are_refused(
+    pool: Callable[[int], Pool], base: Path, tmp_path: Path, how: str
+) -> None:
+    for error in pool(2).errors(together, base, tmp_path, how):
+        assert error.startswith("ValueError")
+        assert "ranks compute parts of one model here" in error
 
 
 def test_fsdp1_is_refused(pool: Callable[[int], Pool], base: Path, tmp_path: Path) -> None:

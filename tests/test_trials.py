@@ -325,17 +325,26 @@ def test_parts_that_it_does_not_go_with_are_refused(options: dict[str, Any], mes
 
 
 def test_weights_of_16_bits_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"weights are torch.bfloat16.*set the dtype to float32"):
+    with pytest.raises(ValueError, match=r"weights in torch.bfloat16.*set the dtype .*to float32"):
         zo_dist.ZeroOrder(build("sequential", torch.bfloat16), conservative=True)
+
+
+def conservative_in_mixed_precision() -> None:
+    table.optimizer(wrap("fsdp2_mixed", build("sequential")), conservative=True)
+
+
+def test_weights_that_are_cast_to_16_bits_are_refused(pool: Callable[[int], Pool]) -> None:
+    for error in pool(2).errors(conservative_in_mixed_precision):
+        assert "forwards take weights in torch.bfloat16" in error
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.dtype=bfloat16"], "weights are torch.bfloat16"),
+        (["model.dtype=bfloat16"], "weights in torch.bfloat16"),
         (
             ["model.dtype=float32", "engine.kind=fsdp2", "engine.compute_dtype=bfloat16"],
-            "weights are torch.bfloat16",
+            "weights in torch.bfloat16",
         ),
         (["model.dtype=float32", "optimizer.rule={name: adam}"], "rule is Adam"),
     ],

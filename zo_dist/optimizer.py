@@ -153,7 +153,7 @@ class ZeroOrder(Startup):
             self.trials = Trials() if conservative else None
             if self.trials:
                 require_trials(self.rule, self.curvature, self.anchor, self.estimator)
-                require_fine_weights(p.param.dtype for p in self.params)
+                require_fine_weights({p.param.dtype for p in self.params} | self.engine.compute_dtypes)
             self.rounding = Rounding16(rounding, self.noise)
             spans = self.engine.spans(self.params)
             self.rounding.begin(spans)

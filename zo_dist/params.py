@@ -72,6 +72,12 @@ class Span:
         return row * width + column
 
 
+def require_contiguous(name: str, weight: Tensor) -> None:
+    """ValueError for a weight whose elements do not follow each other in memory."""
+    if not weight.is_contiguous():
+        raise ValueError(f"parameter {name} is not contiguous; replace it by its .contiguous() copy")
+
+
 def runs_of(offset: int, numel: int, runs: Runs | None) -> Iterator[tuple[int, slice]]:
     """The contiguous runs of a piece, in order: the number of the first element, and which of the piece."""
     width, stride = runs or (max(1, numel), 0)

@@ -86,7 +86,7 @@ def count_rows(
     except ValueError as caught:
         error = caught
     shared = engine.num_groups < engine.num_ranks
-    told = [float(digest(repr([_contents(b) for b in batches])) if error is None else 0)] if shared else []
+    told = [float(digest(repr(_contents(batches))) if error is None else 0)] if shared else []
     counts = engine.exchange([float(rows), float(len(batches)), float(error is not None), *told])
     if error is not None:
         raise error
@@ -112,12 +112,15 @@ def count_rows(
     return int(counts[: engine.group, 0].sum()), total, int(counts[:, 1].max())
 
 
-def _contents(batch: Batch) -> list[object]:
-    """What tells a batch from others."""
-    return [
-        (key, tuple(value.shape), fingerprint(value)) if isinstance(value, Tensor) else (key, repr(value))
-        for key, value in batch.items()
-    ]
+def _contents(value: object) -> object:
+    """What tells batches apart, of which other ranks have copies: values, and of other objects the class."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), fingerprint(value)
+    if isinstance(value, Mapping):
+        return [(key, _contents(inner)) for key, inner in value.items()]
+    if isinstance(value, list | tuple):
+        return [_contents(inner) for inner in value]
+    return value if isinstance(value, str | int | float | None) else type(value).__name__
 
 
 class StepProbes:

@@ -27,6 +27,7 @@ from zo_dist.parts import Probe
 from zo_dist.perturb import ShardPerturbation
 from zo_dist.probes import StepProbes
 from zo_dist.rounding import Rounding16
+from zo_dist.runs import in_runs
 from zo_dist.samplers import Draw
 from zo_dist.trajectory import StepRecord
 
@@ -154,12 +155,6 @@ class Projected(Part):
                 f"(one is {params[-1].name}): name some of them, or give null for all"
             )
         names = {param.name for param in self.params}
-        for span in spans:
-            if span.name in names and span.runs is not None:
-                raise ValueError(
-                    f"projection.parameters has {span.name}, of which tensor parallelism leaves this rank "
-                    "columns: name others, or leave out the projection"
-                )
         # Weights without values, of a plan, stay where they are.
         self.weights = {
             span.name: span.flat.to(None if span.flat.is_meta else self._place, copy=True)
@@ -226,12 +221,13 @@ class Projected(Part):
         return ends
 
     def _write(self, span: Span, step: int, rounding: Rounding16) -> None:
+        noise = in_runs(rounding.noise, span.offset, span.runs)
         for piece, exact, delta in self._pieces(span.name, span.flat):
             lost = rounding.lost_of(span.name, piece.start, len(exact))
             new = exact + delta * (self.ratios[span.name] - 1.0)
             if lost is not None:
                 new += lost
-            rounding.write(span.flat[piece], new, lost, span.name, step, span.offset + piece.start)
+            rounding.write(span.flat[piece], new, lost, span.name, step, span.offset + piece.start, noise)
 
     def _measured(self, engine: Engine) -> dict[str, float]:
         """How far each projected weight is from where it began, by name. A collective."""

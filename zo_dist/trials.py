@@ -73,6 +73,7 @@ def require_fine_weights(dtypes: Iterable[torch.dtype]) -> None:
     for dtype in dtypes:
         if dtype != torch.float32:
             raise ValueError(
-                f"conservative is true, but weights are {dtype}, whose steps are longer than what one update "
-                "writes, so that trials would not differ: set the dtype to float32, or conservative to false"
+                f"conservative is true, but forwards take weights in {dtype}, whose steps are longer than "
+                "what one update writes, so that trials would not differ: set the dtype (and compute_dtype, "
+                "or the param_dtype of a mixed precision) to float32, or conservative to false"
             )

@@ -156,6 +156,19 @@ def test_a_weight_that_the_files_lack_is_an_error(
         assert "model.layers.1.mlp.up_proj.weight" in message
 
 
+def rows_over_gpus_alone() -> None:
+    import torch.distributed as dist
+
+    from zo_dist.engines.build import shard_by_rows
+
+    shard_by_rows(build("llama").to("meta"), dist.new_group(backend="cuda:gloo"))
+
+
+def test_a_group_that_takes_no_cpu_tensors_is_refused(pool: Callable[[int], Pool]) -> None:
+    for message in pool(2).errors(rows_over_gpus_alone):
+        assert 'init_process_group("cpu:gloo,cuda:nccl")' in message
+
+
 def peak_of_loading(config_path: str) -> int:
     """Bytes that loading needs at most, above what the process had before."""
     import torch.distributed as dist

@@ -237,8 +237,10 @@ def wrong(what: str) -> None:
     import torch.distributed as dist
 
     model = deep("llama")
-    if what == "no parts":
-        zo_dist.pipeline(model, num_micro_batches=0)
+    if what == "no parts on one":
+        zo_dist.pipeline(model, num_micro_batches=dist.get_rank())
+    if what == "a transposed weight on one" and dist.get_rank():
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().T.contiguous().T)
     if what == "other parts":
         zo_dist.pipeline(model, num_micro_batches=1 + dist.get_rank())
     if what == "other weights":
@@ -249,16 +251,24 @@ def wrong(what: str) -> None:
         zo_dist.pipeline(model, num_micro_batches=2)
     if what == "other rows":
         optimizer.step_batch(rows_for("llama", ROWS, seed=dist.get_rank()), loss_of)
+    if what == "other names":
+        # Objects that are no values tell nothing.
+        for name in ("one", f"rank {dist.get_rank()}"):
+            beside = {"object": object(), "names": [name]}
+            optimizer.step_batch({**rows_for("llama", ROWS), "beside": beside}, loss_of)
+            assert name == "one"
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("no parts", "num_micro_batches is 0"),
+        ("no parts on one", "num_micro_batches is 0"),
+        ("a transposed weight on one", "lm_head.weight is not contiguous"),
         ("other parts", "num_micro_batches must be the same on every rank"),
         ("other weights", "lm_head.weight must be the same on every rank"),
         ("cut twice", "stage of a pipeline already"),
         ("other rows", "was given other rows"),
+        ("other names", "was given other rows"),
     ],
 )
 def test_wrong_use_is_refused_by_every_rank(pool: Callable[[int], Pool], what: str, message: str) -> None:

@@ -245,8 +245,7 @@ def test_given_losses_leave_the_same_bits_on_the_other_forms(
     if engine == "fsdp2_mixed":  # its shards are float32
         combos = [((("float32", "stochastic")), *combo[1:]) for combo in FEW]
     if "tp_" in engine:  # no rank has a side of the noise of some columns
-        whole = [combo for combo in FEW if combo[-1] != "search"]
-        combos = [(*combo[:7], table.OF_FULL_RANK.get(combo[7], combo[7]), *combo[8:]) for combo in whole]
+        combos = [(*combo[:7], table.OF_FULL_RANK.get(combo[7], combo[7]), *combo[8:]) for combo in FEW]
     _expect_same(pool(num_ranks).run(runs_on_rank, engine, "sequential", combos), "sequential", combos)
 
 

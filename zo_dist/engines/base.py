@@ -28,6 +28,8 @@ class Engine:
 
     name = "engine"
     has_copies = False
+    # What forwards cast weights to, where they do.
+    compute_dtypes: frozenset[torch.dtype] = frozenset()
     # May the layers before the first drawn one run once for all probes (prefix.py)?
     shares_prefix = True
 

@@ -127,9 +127,17 @@ def reading_shards(shard: Callable[[nn.Module], nn.Module], num_shards: int) -> 
 
 
 def shard_by_rows(module: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
-    """Make each parameter, which has no memory yet, rows over a group: what `zero3_engine` takes."""
+    """Make each parameter, which has no memory yet, rows over a group: what `zero3_engine` takes.
+
+    ValueError, before anything is read, for a group that takes no CPU tensors: rows are read there.
+    """
     ranks = group or dist.group.WORLD
     assert ranks is not None
+    if "cpu" not in dist.get_backend_config(ranks):
+        raise ValueError(
+            f"the process group has the backends {dist.get_backend_config(ranks)}, none of them for the CPU, "
+            'where ranks read their slices: init_process_group("cpu:gloo,cuda:nccl")'
+        )
     mesh = DeviceMesh.from_group(ranks, "cpu")
 
     def rows_of(param: nn.Parameter) -> nn.Parameter:

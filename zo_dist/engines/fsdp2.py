@@ -37,6 +37,8 @@ class FSDP2Engine(Engine):
                 "fully_shard(model) last, after its layers"
             )
         self._groups = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        casts = (group._get_fsdp_state()._mp_policy.param_dtype for group in self._groups)
+        self.compute_dtypes = frozenset(dtype for dtype in casts if dtype is not None)
         self._root = module
         self._has_run = False
         module.register_forward_pre_hook(self._note_run)

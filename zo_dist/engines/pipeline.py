@@ -16,7 +16,7 @@ from zo_dist.engines.agreement import fingerprint
 from zo_dist.engines.base import Engine
 from zo_dist.engines.replicated import ReplicatedEngine
 from zo_dist.engines.stages import Left, Stage, cut_into_stage, trial
-from zo_dist.params import Param, Span, canonical_name, evaluating, unwrap
+from zo_dist.params import Param, Span, canonical_name, evaluating, require_contiguous, unwrap
 
 _STAGE = "_zo_dist_stage"
 
@@ -37,12 +37,17 @@ def pipeline(model: nn.Module, num_micro_batches: int, device: torch.device | No
     weights between them, or with quantised weights.
     """
     module = unwrap(model)
-    if getattr(module, _STAGE, None) is not None:
-        raise ValueError("this model is a stage of a pipeline already")
-    if num_micro_batches < 1:
-        raise ValueError(f"num_micro_batches is {num_micro_batches}; it must be at least 1")
-    if any(param.device.type == "meta" or hasattr(param, "placements") for param in module.parameters()):
-        raise ValueError("pipeline takes a model that is whole on each rank; this one is sharded or on meta")
+    with Engine(module, torch.device("cpu")).jointly():
+        if stage_of(module) is not None:
+            raise ValueError("this model is a stage of a pipeline already")
+        if num_micro_batches < 1:
+            raise ValueError(f"num_micro_batches is {num_micro_batches}; it must be at least 1")
+        for name, param in module.named_parameters():
+            if param.device.type == "meta" or hasattr(param, "placements"):
+                raise ValueError(
+                    "pipeline takes a model that is whole on each rank; this one is sharded or on meta"
+                )
+            require_contiguous(canonical_name(name), param)
     whole = ReplicatedEngine(module)
     whole.require_equal("the pipeline", {"num_micro_batches": num_micro_batches})
     with whole.jointly():

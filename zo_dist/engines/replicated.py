@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from zo_dist.engines.base import Engine
-from zo_dist.params import Param, Span, canonical_name, stored_parts
+from zo_dist.params import Param, Span, canonical_name, require_contiguous, stored_parts
 
 
 class ReplicatedEngine(Engine):
@@ -24,8 +24,5 @@ class ReplicatedEngine(Engine):
 
     def _span(self, param: Param) -> Span:
         weight = param.param.detach()
-        if not weight.is_contiguous():
-            raise ValueError(
-                f"parameter {param.name} is not contiguous; replace it by its .contiguous() copy"
-            )
+        require_contiguous(param.name, weight)
         return Span(param.name, weight.view(-1), 0)

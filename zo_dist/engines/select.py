@@ -48,6 +48,22 @@ def select(model: nn.Module) -> Engine:
     return ReplicatedEngine(module)
 
 
+def computes_together(model: nn.Module) -> bool:
+    """Do ranks compute parts of this model for each other (tensor parallelism, a pipeline)?
+
+    Every rank must call it; of a model that is distributed it makes the engine.
+    """
+    from torch.distributed.tensor import DTensor
+
+    from zo_dist.engines.pipeline import stage_of
+
+    module = unwrap(model)
+    if stage_of(module) is None and not any(isinstance(p, DTensor) for p in module.parameters()):
+        return False
+    engine = select(model)
+    return engine.num_groups < engine.num_ranks
+
+
 def forwards_in_step(module: nn.Module) -> bool:
     """Must all ranks make equally many forwards of this module, because each takes part in the gathers?
 

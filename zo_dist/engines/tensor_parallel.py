@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from zo_dist.engines.base import Engine
 from zo_dist.engines.pieces import local_of, piece_of, place_of, ranks_along, span_in
-from zo_dist.params import Param, Piece, Span, canonical_name
+from zo_dist.params import Param, Piece, Span, canonical_name, require_contiguous
 
 
 class TensorParallelEngine(Engine):
@@ -37,8 +37,7 @@ class TensorParallelEngine(Engine):
         with self.jointly():
             self._pieces = {name: piece_of(name, param) for name, param in cut.items()}
             for name, held in named.items():
-                if not local_of(held).is_contiguous():
-                    raise ValueError(f"parameter {name} is not contiguous; make it so before it is cut")
+                require_contiguous(name, local_of(held))
         self._take_rows_with(ranks_along(first, 0))
         pieces = {name: local_of(param) for name, param in named.items()}
         self.compare_pieces(pieces, {name: place_of(param) for name, param in named.items()})

@@ -23,7 +23,7 @@ from transformers.trainer import SCHEDULER_NAME
 from zo_dist.checkpoint import gathered
 from zo_dist.engines import read_ds_config
 from zo_dist.engines.build import fsdp2_mesh, is_cpu_offload, shard_with_fsdp2, zero3_engine
-from zo_dist.engines.pipeline import stage_of
+from zo_dist.engines.select import computes_together
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.params import evaluating
 from zo_dist.probes import Batch, RowLoss, num_rows
@@ -83,6 +83,7 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
+        model: Any = None,
         *args: Any,
         zo: Mapping[str, Any] | None = None,
         row_loss: RowLoss | Literal["auto"] | None = "auto",
@@ -94,7 +95,12 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
         # The model as it was given, and as its engine holds it; whether `causal_lm_loss` is its loss.
         self._held: tuple[Any, Any] | None = None
         self._is_own_loss: bool | None = None
-        super().__init__(*args, **kwargs)
+        if isinstance(model, nn.Module) and computes_together(model):
+            raise ValueError(
+                "ZOTrainer gives each rank rows of its own, but ranks compute parts of one model here "
+                "(tensor parallelism, a pipeline): use step_batch"
+            )
+        super().__init__(model, *args, **kwargs)
         self._require_trainable()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -164,10 +170,6 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
 
     def _wrapped(self) -> Any:
         model = self.model
-        if stage_of(model) is not None:
-            raise ValueError(
-                "ZOTrainer gives each rank rows of its own, which a pipeline has not: use step_batch"
-            )
         if self.is_deepspeed_enabled:
             model = self.deepspeed = self._with_deepspeed(model)
         elif self.args.fsdp or self.is_fsdp_enabled:
@@ -213,12 +215,6 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
                 options["rule"] = SGD(self.args.weight_decay)
             model = self.model if model is None else model
             self.optimizer = _SteppedByTrainer(model, lr=self.args.learning_rate, **options)
-            engine = self.optimizer.engine
-            if engine.num_groups < engine.num_ranks:
-                raise ValueError(
-                    "ZOTrainer gives each rank rows of its own, but ranks compute parts of one model here "
-                    "(tensor parallelism): use step_batch"
-                )
         return self.optimizer
 
     # The step
