@@ -71,6 +71,10 @@ class Span:
         row, column = divmod(number - self.offset, stride)
         return row * width + column
 
+    def lasting(self) -> Tensor:
+        """`flat`, in memory that is this span's alone for as long as it is wanted."""
+        return self.flat
+
 
 def runs_of(offset: int, numel: int, runs: Runs | None) -> Iterator[tuple[int, slice]]:
     """The contiguous runs of a piece, in order: the number of the first element, and which of the piece."""
