@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import loss_of, rows_for
-from workers import Pool, digest, whole_weights
+from workers import Pool, digest, needs_deepspeed, whole_weights
 
 STEPS = 20
 
@@ -24,7 +24,7 @@ def have_async_io() -> bool:
     return bool(AsyncIOBuilder().is_compatible())
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def async_io() -> None:
     """Compile DeepSpeed's op before ranks wait for it."""
     if not have_async_io():
@@ -97,6 +97,23 @@ def with_small_buffers(path: str) -> None:
     engine_of(model_of_wide_layers(), path, buffer_size=1000)
 
 
+def without_libaio(path: str) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AsyncIOBuilder, "is_compatible", lambda *_: False)
+        engine_of(model_of_wide_layers(), path)
+
+
+@needs_deepspeed
+def test_a_machine_without_libaio_is_told_what_to_install(
+    pool: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    for message in pool(1).errors(without_libaio, str(tmp_path)):
+        assert "apt-get install libaio-dev" in message
+
+
+@pytest.mark.usefixtures("async_io")
 def test_a_weight_above_the_buffers_is_an_error(pool: Callable[[int], Pool], tmp_path: Path) -> None:
     for message in pool(2).errors(with_small_buffers, str(tmp_path)):
         assert "buffer_size is 1000 elements" in message
@@ -134,6 +151,7 @@ def train(path: str | None, perturb: str, folder: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.usefixtures("async_io")
 @pytest.mark.parametrize("perturb", ["module", "shard"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_run_on_nvme_has_the_bits_of_one_in_memory(
