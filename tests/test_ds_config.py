@@ -146,6 +146,12 @@ ACCEPTED: dict[str, tuple[dict[str, Any], torch.dtype | None, list[str]]] = {
         BF16,
         ['offload_param.nvme_path = "/local_nvme"'],
     ),
+    "nvme": (
+        zero3(offload_param={"device": "nvme", "nvme_path": "/local_nvme", "buffer_count": 5})
+        | {"aio": {"block_size": 1048576}},
+        BF16,
+        [],
+    ),
     "other autos": (
         zero3(stage3_max_live_parameters="auto", offload_param={"device": "auto"})
         | {"data_types": {"keep_in_fp32_modules": "auto", "grad_accum_dtype": "fp32"}},
@@ -192,7 +198,12 @@ REFUSED: dict[str, tuple[dict[str, Any], torch.dtype | None, list[str]]] = {
     ),
     "hpZ": (zero3(zero_hpz_partition_size=8), BF16, ["is 8; legal: 1", "zero.Init", "FSDP2"]),
     "MiCS": (zero3(mics_shard_size=4), BF16, ["mics_shard_size", "removed MiCS", "zero.Init"]),
-    "nvme": (zero3(offload_param={"device": "nvme"}), BF16, ["nvme", "legal: none, cpu"]),
+    "nvme without a folder": (
+        zero3(offload_param={"device": "nvme"}),
+        BF16,
+        ["nvme_path is unset", "folder"],
+    ),
+    "nvme misspelt": (zero3(offload_param={"device": "ssd"}), BF16, ["ssd", "legal: none, cpu, nvme"]),
     "stage 4": ({"zero_optimization": {"stage": 4}}, BF16, ["stage is 4", "0, 1, 2, 3"]),
     "stage as text": ({"zero_optimization": {"stage": "3"}}, BF16, ['stage is "3"']),
     "both precisions": (
@@ -339,6 +350,14 @@ def test_kept_values_are_the_users() -> None:
         "stage3_prefetch_bucket_size": 30000000,
         "memory_efficient_linear": False,
     }
+
+
+def test_what_nvme_needs_is_kept() -> None:
+    offload = {"device": "nvme", "nvme_path": "/local_nvme", "buffer_count": 7, "buffer_size": 1000}
+    result = read(zero3(offload_param=offload) | {"aio": {"queue_depth": 4}}, BF16)
+    assert result.offload_param == "nvme"
+    assert result.config["zero_optimization"]["offload_param"] == offload
+    assert result.config["aio"] == {"queue_depth": 4}
 
 
 def test_batch_is_over_all_ranks() -> None:

@@ -364,6 +364,14 @@ def test_a_config_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert "model is 'opt-125m'; it is a section" in capsys.readouterr().err
 
 
+def test_nvme_is_not_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    offload = {"device": "nvme", "nvme_path": "/local_nvme"}
+    config = {"zero_optimization": {"stage": 3, "offload_param": offload}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    assert main(["plan", "opt-125m", "--gpus", "8xL4", "--config", str(tmp_path / "ds.json")]) == 2
+    assert "offload to NVMe is not planned" in capsys.readouterr().err
+
+
 def test_nothing_fits_and_nothing_is_written(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

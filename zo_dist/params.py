@@ -71,6 +71,10 @@ class Span:
         row, column = divmod(number - self.offset, stride)
         return row * width + column
 
+    def lasting(self) -> Tensor:
+        """`flat`, in memory that is this span's alone for as long as it is wanted."""
+        return self.flat
+
 
 def require_contiguous(name: str, weight: Tensor) -> None:
     """ValueError for a weight whose elements do not follow each other in memory."""

@@ -134,11 +134,12 @@ def _stale_writes(engine: Engine, params: Sequence[Param], evaluate: Evaluate) -
     before = [_ends(span).clone() for span in spans]
     stale: list[str] = []
 
-    def put(ends: Sequence[Tensor]) -> dict[str, tuple[Span, Tensor]]:
-        expected: dict[str, tuple[Span, Tensor]] = {}
+    def put(ends: Sequence[Tensor]) -> dict[str, tuple[list[int], Tensor]]:
+        expected: dict[str, tuple[list[int], Tensor]] = {}
         for span, now in zip(engine.spans(params), ends, strict=True):
             span.flat[0], span.flat[-1] = now[0], now[1]
-            expected[span.name] = (span, now if span.flat.numel() > 1 else now[:1].repeat(2))
+            where = [span.number(j) for j in (0, span.flat.numel() - 1)]
+            expected[span.name] = (where, now if span.flat.numel() > 1 else now[:1].repeat(2))
         engine.publish()
         return expected
 
@@ -157,19 +158,19 @@ def _ends(span: Span) -> Tensor:
 
 
 def _forward_and_compare(
-    params: Sequence[Param], expected: dict[str, tuple[Span, Tensor]], evaluate: Evaluate
+    params: Sequence[Param], expected: dict[str, tuple[list[int], Tensor]], evaluate: Evaluate
 ) -> list[str]:
     """Names whose owner, in one forward, holds other values than expected at the span's ends."""
     stale: list[str] = []
 
     def watch(owner: Owner, param: Param) -> torch.utils.hooks.RemovableHandle:
-        span, values = expected[param.name]
+        where, values = expected[param.name]
 
         def compare(_: nn.Module, args: object) -> None:
             weight = owner.holder._parameters[owner.attribute]
             assert weight is not None
             here = span_in(param.piece, param.name, local_of(weight.detach()))
-            ends = here.flat[[here.place(span.number(j)) for j in (0, span.flat.numel() - 1)]]
+            ends = here.flat[[here.place(number) for number in where]]
             if not torch.equal(ends, values.to(ends)):
                 stale.append(param.name)
 

@@ -76,7 +76,7 @@ class PendingSnapshot:
                 for span in engine.spans(optimizer.params)
             }
             tensors = {
-                _key(kind, piece): piece.flat.detach()
+                _key(kind, piece): piece.lasting().detach()
                 for kind, piece in _pieces(optimizer)
                 if first[piece.name] == engine.rank
             }

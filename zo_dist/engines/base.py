@@ -213,14 +213,14 @@ class Engine:
                 f"(rank {self.rank} has {', '.join(f'{n}={settings[n]!r}' for n in names)})"
             )
 
-    def compare_copies(self, pieces: Mapping[str, Tensor], holders: Sequence[int]) -> None:
+    def compare_copies(self, pieces: Iterable[tuple[str, Tensor]], holders: Sequence[int]) -> None:
         """Take note of the ranks that hold the same pieces of weights as this one, itself among them.
 
         Every rank must call it. ValueError on every rank if copies differ anywhere.
         """
         self.has_copies |= len(holders) > 1
         if len(holders) > 1:
-            prints = {name: fingerprint(piece) for name, piece in pieces.items()}
+            prints = {name: fingerprint(piece) for name, piece in pieces}
             self.require_equal("the starting weights", prints, among=holders)
 
     def compare_pieces(self, pieces: Mapping[str, Tensor], places: Mapping[str, int]) -> None:
@@ -231,7 +231,7 @@ class Engine:
             alike.setdefault(tuple(column), []).append(name)
         for column, names in alike.items():
             holders = [rank for rank, place in enumerate(column) if place == column[self.rank]]
-            self.compare_copies({name: pieces[name] for name in names}, holders)
+            self.compare_copies(((name, pieces[name]) for name in names), holders)
 
     def together(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error, so that none waits for one that left."""

@@ -188,24 +188,46 @@ def zero3_engine(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | Non
     import deepspeed
 
     deepspeed.init_distributed()
-    if any(isinstance(param, DTensor) for param in module.parameters()):
-        _partition_rows(module, ds, group)
-    elif group is not None:
-        deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=ds.config)
+    if ds.offload_param == "nvme":
+        _require_nvme(module, ds, dist.get_world_size(group))
+    if not any(hasattr(param, "ds_id") for param in module.parameters()):
+        rows = any(isinstance(param, DTensor) for param in module.parameters())
+        # Not left to `initialize`, whose buffers for NVMe are of another dtype on a CPU.
+        init: Any = deepspeed.zero.Init(
+            module=None if rows else module, data_parallel_group=group, config_dict_or_path=ds.config
+        )
+        if rows:
+            _partition_rows(module, init)
+        module.to(init.local_device)  # buffers
     engine: Any = deepspeed.initialize(model=module, config=ds.config)[0]
     wrapped: nn.Module = engine
     return wrapped
 
 
-def _partition_rows(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | None) -> None:
-    """Make the rows that each rank holds ZeRO-3's partitions, which are cut flat, one weight at a time.
+def _require_nvme(module: nn.Module, ds: DsConfig, num_shards: int) -> None:
+    """ValueError, with the remedy, where DeepSpeed would fail to hold weights on NVMe."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ValueError(
+            "offload_param.device is nvme, for which DeepSpeed's async_io needs libaio: install it (Debian: "
+            "apt-get install libaio-dev), or set the device to cpu or none"
+        )
+    size = int(ds.config["zero_optimization"]["offload_param"].get("buffer_size", 1e8))
+    largest = max(-(-getattr(p, "ds_numel", p.numel()) // num_shards) for p in module.parameters())
+    if largest > size:
+        raise ValueError(
+            f"offload_param.buffer_size is {size} elements, but a rank's part of the largest weight has "
+            f"{largest}: set it to that at least"
+        )
+
+
+def _partition_rows(module: nn.Module, init: Any) -> None:
+    """Make the rows that each rank holds partitions of a `zero.Init`, cut flat, one weight at a time.
 
     Where ranks have equally many rows those are the partition: on a CPU, without offload, in the same memory,
     which may be a file's pages. Else the weight is gathered, and cut by DeepSpeed.
     """
-    import deepspeed
-
-    init: Any = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds.config)
 
     def partition_of(param: nn.Parameter) -> nn.Parameter:
         rows: Any = param.detach()
@@ -228,7 +250,6 @@ def _partition_rows(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | 
         return partitioned
 
     _replace_parameters(module, partition_of)
-    module.to(init.local_device)  # buffers
 
 
 def _replace_parameters(module: nn.Module, replacement: Callable[[nn.Parameter], nn.Parameter]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,14 +20,33 @@ def zero_engine(engine: Any) -> Engine:
     return ZeRO3Engine(engine, module) if engine.zero_optimization_stage() == 3 else ReplicatedEngine(module)
 
 
+class SwappedSpan(Span):
+    """A span on NVMe: `flat` is in memory until that of another is asked for, or `publish` is called."""
+
+    __slots__ = ("_read",)
+    _read: Callable[[], Tensor]
+
+    def __init__(self, name: str, read: Callable[[], Tensor], offset: int) -> None:
+        for attribute, value in (("name", name), ("_read", read), ("offset", offset), ("runs", None)):
+            object.__setattr__(self, attribute, value)
+
+    @property
+    def flat(self) -> Tensor:
+        return self._read()
+
+    def lasting(self) -> Tensor:
+        return self.flat.clone()
+
+
 class ZeRO3Engine(Engine):
-    """Flat shards of each parameter (`ds_tensor`), on the device or offloaded to the CPU.
+    """Flat shards of each parameter (`ds_tensor`), on the device or offloaded to the CPU or to NVMe.
 
     A forward gathers each weight once, from the shard as it is then; a write goes to the shard. A
     gathered copy that outlives its forward (a persistent parameter) would hide the write, so `spans`
-    and `publish` release every copy. Groups of ranks may each hold all weights. Raises ValueError, with the
-    remedy, for an engine with an optimizer, for hpZ, quantised gathers, NVMe offload, and, on every rank, for
-    groups that do not start with equal weights.
+    and `publish` release every copy. Of NVMe one shard at a time is in memory, beside what a forward reads;
+    it is written back if it has changed, which a copy of it tells. Groups of ranks may each hold all weights.
+    Raises ValueError, with the remedy, for an engine with an optimizer, for hpZ, quantised gathers, and, on
+    every rank, for groups that do not start with equal weights.
     """
 
     name = "deepspeed"
@@ -55,19 +74,18 @@ class ZeRO3Engine(Engine):
             )
         self._offload = engine.optimizer
         named: list[tuple[str, Any]] = list(module.named_parameters())
-        offloaded = False
-        for name, param in named:
-            if param.ds_tensor.status.name != "AVAILABLE":
-                raise ValueError(
-                    f"the shard of {canonical_name(name)} is on NVMe, which is not supported; set "
-                    'offload_param.device to "cpu" or "none"'
-                )
-            offloaded |= param.ds_tensor.device.type != self.device.type
-        if offloaded:
+        if any(param.ds_tensor.device.type != self.device.type for _, param in named):
             await_each_forward(module)
+        # The shard that `spans` brought in from NVMe, and as it was.
+        self._held: Any = None
+        self._as_read = torch.empty(0)
+        if any(_on_nvme(param) for _, param in named):
+            # A forward takes shards that are in memory for its own, and drops them.
+            module.register_forward_pre_hook(lambda *_: self._swap_out(), prepend=True)
         spans = [self._span(Param(canonical_name(name), p, p.ds_shape, ())) for name, p in named]
-        pieces = {span.name: span.flat for span in spans}
+        pieces = ((span.name, span.flat) for span in spans)
         self.compare_copies(pieces, self._ranks_of_same_shard([p for _, p in named]))
+        self._swap_out()
 
     def _ranks_of_same_shard(self, params: Sequence[Any]) -> list[int]:
         """This rank, and where groups of ranks each hold all weights its like in the others. A collective."""
@@ -85,17 +103,39 @@ class ZeRO3Engine(Engine):
 
     def spans(self, params: Iterable[Param]) -> list[Span]:
         self.publish()
-        return super().spans(params)
+        return [self._span(param) for param in params if _extent(param.param)[1]]
 
     def _span(self, param: Param) -> Span:
         sharded: Any = param.param
-        shard = sharded.ds_tensor
-        offset = sharded.ds_zero_partition_rank * shard.ds_numel
-        # The tail of the last shards is uninitialised padding.
-        numel = max(0, min(shard.ds_numel, sharded.ds_numel - offset))
-        return Span(param.name, shard.detach().view(-1)[:numel], offset)
+        offset, numel = _extent(sharded)
+        if _on_nvme(sharded):
+            return SwappedSpan(param.name, lambda: self._swapped_in(sharded)[:numel], offset)
+        return Span(param.name, sharded.ds_tensor.detach().view(-1)[:numel], offset)
+
+    def _swapped_in(self, param: Any) -> Tensor:
+        if self._held is not param:
+            self._swap_out()
+            # Else it may be in memory, and a gathered copy as well.
+            self._offload.empty_partition_cache()
+            param.nvme_swapper.synchronize_reads()
+            if param.ds_tensor.status.name == "NOT_AVAILABLE":
+                param.nvme_swapper.swap_in([param], async_op=False)
+            self._held, self._as_read = param, param.ds_tensor.clone()
+        shard: Tensor = param.ds_tensor.detach()
+        return shard
+
+    def _swap_out(self) -> None:
+        if self._held is None:
+            return
+        param, self._held = self._held, None
+        if torch.equal(*(t.detach().view(torch.uint8) for t in (param.ds_tensor, self._as_read))):
+            param.nvme_swapper.remove_partition_and_release_buffers([param])
+        else:
+            param.nvme_swapper.swap_out_and_release([param])
+        self._as_read = torch.empty(0)
 
     def publish(self) -> None:
+        self._swap_out()
         if self.device.type != "cpu":
             # Gathers run on a stream of DeepSpeed's own, which waits for no write.
             torch.accelerator.current_stream(self.device).synchronize()
@@ -105,5 +145,19 @@ class ZeRO3Engine(Engine):
     def whole(self, param: Param) -> Iterator[Tensor]:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
+        self._swap_out()
         with GatheredParameters([param.param], modifier_rank=None):
             yield param.param.detach()
+
+
+def _extent(param: Any) -> tuple[int, int]:
+    """The first element of this rank's shard, and how many there are."""
+    size = param.ds_tensor.ds_numel
+    offset = param.ds_zero_partition_rank * size
+    # The tail of the last shards is uninitialised padding.
+    return offset, max(0, min(size, param.ds_numel - offset))
+
+
+def _on_nvme(param: Any) -> bool:
+    """Has its shard a file? (DeepSpeed leaves those below 1 MiB in memory.)"""
+    return param.ds_tensor.final_location is not None

@@ -43,7 +43,7 @@ class DsConfig:
     config: dict[str, Any]
     notes: tuple[str, ...]
     dtype: torch.dtype | None
-    offload_param: str  # "none", "cpu", or "nvme" once it is supported
+    offload_param: str  # "none", "cpu" or "nvme"
 
 
 def read_ds_config(
@@ -68,7 +68,9 @@ def read_ds_config(
         config = load_ds_config(source, notes)
         _rename_zero_keys(config, notes)
         _refuse(config)
-        drop(config, "", ds_keys.DROPPED, notes)
+        nvme = find(config, "zero_optimization.offload_param.device") == "nvme"
+        idle = {why: keys for why, keys in ds_keys.DROPPED.items() if why != ds_keys.NVME_ONLY or not nvme}
+        drop(config, "", idle, notes)
         check_keys(config, "", [*ds_keys.KEPT.split(), *names(ds_keys.DROPPED)])
         stage, offload_param = _read_zero(config, hidden_size, notes)
         dtype = _read_precision(config, dtype, notes)
@@ -191,14 +193,15 @@ def _read_zero(config: dict[str, Any], hidden_size: int | None, notes: list[str]
     device = "none"
     if zero.get("offload_param") is not None:
         offload = section(zero, "offload_param")
-        drop(offload, f"{prefix}offload_param.", ds_keys.OFFLOAD_DROPPED, notes)
-        check_keys(offload, f"{prefix}offload_param.", ["device", "pin_memory"])
         device = offload.get("device", "none")
-        if device not in ("auto", "none", "cpu"):
-            raise ValueError(
-                f"{prefix}offload_param.device is {show(device)}; legal: none, cpu. NVMe is not "
-                "supported: use cpu, or more ranks"
-            )
+        if device != "nvme":
+            drop(offload, f"{prefix}offload_param.", ds_keys.OFFLOAD_DROPPED, notes)
+        elif not offload.get("nvme_path"):
+            raise ValueError(f"{prefix}offload_param.nvme_path is unset; legal: a folder on the NVMe disk")
+        known = ["device", "pin_memory", *names(ds_keys.OFFLOAD_DROPPED)]
+        check_keys(offload, f"{prefix}offload_param.", known)
+        if device not in ("auto", "none", "cpu", "nvme"):
+            raise ValueError(f"{prefix}offload_param.device is {show(device)}; legal: none, cpu, nvme")
     if stage < 3:
         notes.append(f"{prefix}stage = {stage}: all weights are on every rank, without DeepSpeed")
         unused = " ".join(key for key in zero if key != "stage")
@@ -208,7 +211,7 @@ def _read_zero(config: dict[str, Any], hidden_size: int | None, notes: list[str]
         was = show(zero[_THRESHOLD]) if _THRESHOLD in zero else "unset"
         notes.append(f"{prefix}{_THRESHOLD}: {was} -> 0 (kept gathered, a weight hides writes)")
         zero[_THRESHOLD] = 0
-    return stage, "cpu" if device == "cpu" else "none"
+    return stage, "none" if device == "auto" else device
 
 
 def _read_precision(

@@ -14,6 +14,8 @@ KEPT = """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_
     zero_optimization fp16 bf16 bfloat16 data_types comms_logger log_level dump_state
     memory_breakdown disable_python_gc vocabulary_size"""
 
+NVME_ONLY = "used with NVMe only"
+
 DROPPED = {
     "zo_dist has its own update rules and learning-rate schedules": "optimizer scheduler",
     "no gradient is computed": """gradient_clipping communication_data_type prescale_gradients
@@ -27,7 +29,7 @@ DROPPED = {
     "zo_dist writes its own checkpoints": "checkpoint datastates_ckpt nebula",
     "zo_dist loads its own data and counts rows over all ranks": """dataloader_drop_last
         elasticity data_parallel_size""",
-    "used with NVMe only": "aio",
+    NVME_ONLY: "aio",
     "it searches settings for back-propagation; see `zo-dist plan`": "autotuning",
     "this config leaves it off": """amp torch_autocast msamp compression_training
         quantize_training weight_quantization sparse_attention progressive_layer_drop
@@ -71,7 +73,7 @@ ZERO_RENAMED = {
     if key.startswith("stage3_")
 } | {"stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save"}
 
-OFFLOAD_DROPPED = {"used with NVMe only": "nvme_path buffer_count buffer_size max_in_cpu"}
+OFFLOAD_DROPPED = {NVME_ONLY: "nvme_path buffer_count buffer_size max_in_cpu"}
 
 PRECISION_DROPPED = {
     "there is no gradient to scale or to check": """loss_scale loss_scale_window

@@ -20,7 +20,7 @@ class ReplicatedEngine(Engine):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, next(module.parameters(), torch.empty(0)).device)
         named = [stored_parts(canonical_name(n), p).items() for n, p in module.named_parameters()]
-        self.compare_copies({name: part for parts in named for name, part in parts}, range(self.num_ranks))
+        self.compare_copies((part for parts in named for part in parts), range(self.num_ranks))
 
     def _span(self, param: Param) -> Span:
         weight = param.param.detach()

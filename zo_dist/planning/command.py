@@ -191,6 +191,10 @@ def _engines(
     if config.engine.deepspeed is not None:
         path = config.engine.deepspeed
         ds = read_ds(config, shape, count)
+        if ds.offload_param == "nvme":
+            raise ValueError(
+                f"{path}: offload to NVMe is not planned; set offload_param.device to cpu or none"
+            )
         engines = {"zero3": ds.offload_param != "none"} if ds.stage == 3 else {"replicated": False}
     elif config.engine.kind == "pipeline":
         raise ValueError("engine.kind is pipeline, for which nothing is planned; plan for fsdp2 or deepspeed")
