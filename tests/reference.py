@@ -176,12 +176,26 @@ class Reference:
 
     def z(self, name: str, direction: int) -> Tensor:
         shape = self.weights()[name].shape
+        if isinstance(self.structure, zo_dist.Orthogonal):
+            return self.plain(name) * self.walsh(name, direction)
         if self.structure is None or len(shape) < 2:
             return self.summed(name, self.step_number, [(direction, 1.0)], *shape)
         if self.low_rank is None:
             return self.base(name) * self.flips(name, direction)
         left, right = self.left(name, [(direction, 1.0)]), self.right(name, self.step_number)
         return thin_product(left, right).float().view(shape)
+
+    # Orthogonal: z = the z of direction 0 where the digits that a direction and a number share are even
+
+    def plain(self, name: str) -> Tensor:
+        return self.summed(name, self.step_number, [(0, 1.0)], *self.weights()[name].shape)
+
+    def walsh(self, name: str, direction: int) -> Tensor:
+        first, weights = 0, self.weights()
+        for other in itertools.takewhile(lambda n: n != name, weights):
+            first += weights[other].numel()
+        odd = [(direction & (first + i)).bit_count() % 2 for i in range(weights[name].numel())]
+        return 1.0 - 2.0 * torch.tensor(odd).view(weights[name].shape)
 
     # Flipout: z = base * outer(signs of rows, signs of columns), 32 directions' signs to a draw
 
@@ -242,6 +256,9 @@ class Reference:
     def estimate(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
         """The sum of scale * z."""
         weight = self.weights()[name]
+        if isinstance(self.structure, zo_dist.Orthogonal):
+            signs = [self.walsh(name, d).double() * torch.tensor(coef) for d, coef in terms]
+            return self.plain(name) * torch.stack(signs).sum(0).float()
         if self.structure is None or weight.ndim < 2:
             return self.summed(name, self.step_number, terms, *weight.shape)
         if self.low_rank is None:
@@ -252,7 +269,8 @@ class Reference:
 
     def with_earlier(self, name: str, estimate: Tensor, earlier: Sequence[tuple[int, int, float]]) -> Tensor:
         """With what is added of another step, of one structure at once, and else one by one."""
-        now, of_structure = self.step_number, self.structure is not None and estimate.ndim > 1
+        now, everywhere = self.step_number, isinstance(self.structure, zo_dist.Orthogonal)
+        of_structure = everywhere or (self.structure is not None and estimate.ndim > 1)
         for terms in [earlier] if of_structure and earlier else [[term] for term in earlier]:
             self.step_number = terms[0][0]
             estimate = estimate + self.estimate(name, [(d, coef) for _, d, coef in terms])

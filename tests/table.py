@@ -81,6 +81,7 @@ NOISES: dict[str, dict[str, Any]] = {
     "subzero": {"noise": "gaussian", "structure": zo_dist.LowRank(rank=4, refresh=3, orthonormal=True)},
     "flipout": {"noise": "rademacher", "structure": zo_dist.Flipout()},
     "grzo": {"noise": "gaussian", "structure": zo_dist.Flipout()},
+    "orthogonal": {"noise": "rademacher", "structure": zo_dist.Orthogonal()},
 }
 # What `mask` is, and the share that the reference trains.
 MASKS: dict[str, zo_dist.SmallWeights | None] = {"all": None, "small": zo_dist.SmallWeights(share=0.4)}

@@ -85,6 +85,7 @@ def test_overrides_are_typed_and_the_last_one_wins(path: Path) -> None:
     [
         ("null", None),
         ("{name: flipout}", zo_dist.Flipout()),
+        ("{name: orthogonal}", zo_dist.Orthogonal()),
         ("{name: low_rank, rank: 3, refresh: 7}", zo_dist.LowRank(rank=3, refresh=7)),
         ("{name: low_rank, fixed: true}", zo_dist.LowRank(fixed=True)),
     ],

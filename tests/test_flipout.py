@@ -14,7 +14,7 @@ from models import KINDS, assert_both_modes_see_the_same_losses
 from torch import Tensor, nn
 
 import zo_dist
-from zo_dist.flipout import FlipoutNoise, _exact
+from zo_dist.flipout import FlipoutNoise, summable
 from zo_dist.noise import Noise
 
 SHAPES = {"w": torch.Size((30, 21)), "conv": torch.Size((12, 5, 3)), "v": torch.Size((30,))}
@@ -116,11 +116,11 @@ def test_directions_are_added_up_exactly_and_rounded_once() -> None:
 def test_what_is_made_exact_keeps_what_float32_has() -> None:
     # Within 2**28 of each other, as 24 bits of each then fit in 52 of the sum.
     scales = torch.tensor([1.0 / 3, -7e-5 / 3, 1e-6, 123.456]).tolist()
-    assert _exact(scales) == scales
-    assert _exact([0.0, 0.0]) == [0.0, 0.0]
-    assert _exact([1e-320]) == [1e-320]
+    assert summable(scales) == scales
+    assert summable([0.0, 0.0]) == [0.0, 0.0]
+    assert summable([1e-320]) == [1e-320]
     for some in ([1e20, 1e-3, 3.0], [1e30, -1e-30], [0.1] * 64):
-        made = _exact(some)
+        made = summable(some)
         size = math.fsum(map(abs, some))
         assert all(abs(a - b) <= 2.0**-52 * size for a, b in zip(some, made, strict=True))
         # In float64 every partial sum, in any order and with any signs, is a whole number of the grid.

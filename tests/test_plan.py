@@ -203,6 +203,7 @@ def test_a_curvature_is_refused_where_zero_order_refuses_it() -> None:
     "settings",
     [
         {"structure": {"name": "flipout"}},
+        {"structure": {"name": "orthogonal"}},
         {"mask": {"share": 0.5}},
         {"sampler": {"name": "uniform", "sparsity": 0.5}, "directions": 4},
         {"sampler": {"name": "fitted_adalezo"}, "estimator": "one_sided"},
@@ -230,11 +231,11 @@ def test_a_trace_follows_what_the_cpu_allocates() -> None:
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).eval()
     optimizer = zo_dist.ZeroOrder(module, self_check=False, compile=False)
-    traced = trace_forward(optimizer, Rows(4, 32, 1, 0, 4))
+    traced = trace_forward(optimizer, Rows(4, 32, 2, 0, 4))
     assert max(b.peak.logits for b in traced.borders) >= 4 * 8192 * 2
     assert all(b.at.total <= b.peak.total for b in traced.borders)
     draws = [optimizer.sampler.draw(0, 0)]
-    stacked = trace_step(optimizer, draws, Rows(4, 32, 1, 0, 4))
+    stacked = trace_step(optimizer, draws, Rows(4, 32, 2, 0, 4))
     # Both sides of the same rows.
     assert stacked.flops == 2 * traced.flops
     # Every weight is read once for both sides, and each side's copy written; of embeddings only what is used.

@@ -35,6 +35,7 @@ MODELS: dict[str, Any] = {
     ),
 }
 ROWS = 7
+LAST_LAYER = {"llama": "layers.5", "opt": "decoder.layers.5", "gpt2": "h.5", "mixtral": "layers.5"}
 
 
 def batch() -> dict[str, Tensor]:
@@ -77,6 +78,24 @@ def test_same_bits_and_half_the_rows(kind: str, directions: int) -> None:
         assert torch.allclose(ours, plain, rtol=0, atol=4e-5)
     assert set(rows) == {ROWS}
     assert set(plain_rows) == {2 * ROWS}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_comes_after_the_layers_costs_no_layer(kind: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    for name, param in model.named_parameters():
+        param.requires_grad_(any(norm in name for norm in ("model.norm", "decoder.final_layer_norm", "ln_f")))
+    plain = copy.deepcopy(model)
+    last, rows = model.base_model.get_submodule(LAST_LAYER[kind]), []
+    last.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    losses, weights, _ = run(model, 3, shared=True)
+    plain_losses, plain_weights, _ = run(plain, 3, shared=False)
+    # As above: a layer's products over half the rows.
+    assert losses == pytest.approx(plain_losses, abs=1e-5)
+    for ours, theirs in zip(weights, plain_weights, strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=4e-5)
+    assert set(rows) == {ROWS}
 
 
 def test_no_prefix_when_a_drawn_module_runs_before_the_layers(caplog: pytest.LogCaptureFixture) -> None:

@@ -73,6 +73,19 @@ def build(name: str) -> nn.Module:
     return model
 
 
+def test_single_tokens_need_no_other_words(model: nn.Module) -> None:
+    fast = collate(SINGLE, pad_id=0, fast=True)
+    head, widths = cast(Any, model).get_output_embeddings(), []
+    head.register_forward_hook(lambda module, args, out: widths.append(out.shape[-1]))
+    few = option_scores(model, fast)
+    # As a head that is perturbed: its forward is another's.
+    head.forward = head.forward
+    torch.testing.assert_close(few, option_scores(model, fast), **CLOSE)
+    del head.forward
+    assert torch.equal(option_scores(model, fast), few)
+    assert widths == [len({int(word) for word in fast["option_ids"].flatten()}), VOCAB, widths[0]]
+
+
 def plain_log_probs(model: nn.Module, tokens: tuple[int, ...]) -> Tensor:
     """log p of each token after the first, from one unpadded forward and all of its logits."""
     input_ids = torch.tensor([tokens])

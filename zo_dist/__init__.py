@@ -13,6 +13,7 @@ from zo_dist.lowrank import LowRank
 from zo_dist.mask import SmallWeights
 from zo_dist.objective import Objective
 from zo_dist.optimizer import NonFiniteLossError, ZeroOrder
+from zo_dist.orthogonal import Orthogonal
 from zo_dist.projection import Projection
 from zo_dist.rules import SGD, Adam, Momentum, Sign
 from zo_dist.samplers import AdaLeZO, Dense, Uniform
@@ -41,6 +42,7 @@ __all__ = [
     "NonFiniteLossError",
     "Objective",
     "OneSided",
+    "Orthogonal",
     "Projection",
     "Raw",
     "RootMeanSquare",

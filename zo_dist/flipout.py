@@ -91,7 +91,7 @@ class FlipoutNoise(MatrixNoise):
         device: torch.device,
     ) -> Iterator[tuple[slice, Tensor]]:
         columns, directions = self._columns[name], [direction for direction, _ in terms]
-        scales = to_device(_exact([scale for _, scale in terms]), torch.float64, device)
+        scales = to_device(summable([scale for _, scale in terms]), torch.float64, device)
         right = self._flips(name, "columns", step, directions, 0, columns, device).to(torch.float64)
         right *= scales.unsqueeze(1)
         end = offset + numel
@@ -130,7 +130,7 @@ class FlipoutNoise(MatrixNoise):
         return torch.stack([drawn[i].view(count, _TOGETHER)[:, j] for i, j in places])
 
 
-def _exact(scales: Sequence[float]) -> list[float]:
+def summable(scales: Sequence[float]) -> list[float]:
     """`scales` as multiples of one number, so that float64 holds all sums of them, with any signs, exactly.
 
     A product of matrices then has the same bits whatever order it adds in. Of what all scales are together in

@@ -10,6 +10,7 @@ from zo_dist.coefficients import Clip, Coefficients, Raw, RootMeanSquare, SignOn
 from zo_dist.fitted import FittedAdaLeZO
 from zo_dist.flipout import Flipout
 from zo_dist.lowrank import LowRank
+from zo_dist.orthogonal import Orthogonal
 from zo_dist.rules import SGD, Adam, Moment, Momentum, Rule, Sign
 from zo_dist.samplers import AdaLeZO, Dense, Sampler, Uniform, Weigh
 from zo_dist.scale import LearnedScale, RunningScale, Scale
@@ -242,8 +243,16 @@ class FlipoutConfig(StructureSection):
     name: Literal["flipout"] = "flipout"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrthogonalConfig(StructureSection):
+    """Signs whose directions in a step are orthogonal."""
+
+    makes = Orthogonal
+    name: Literal["orthogonal"] = "orthogonal"
+
+
 AnySampler = DenseConfig | UniformConfig | AdaLeZOConfig | FittedAdaLeZOConfig
 AnyCoefficients = RawConfig | SignOnlyConfig | ClipConfig | RootMeanSquareConfig | StandardiseConfig
 AnyScale = NoScaleConfig | RunningScaleConfig | LearnedScaleConfig
-AnyStructure = LowRankConfig | FlipoutConfig
+AnyStructure = LowRankConfig | FlipoutConfig | OrthogonalConfig
 AnyRule = SGDConfig | MomentumConfig | AdamConfig | SignConfig

@@ -1,9 +1,10 @@
 """The shared prefix: layers before the first drawn one run once per row, not once per probe.
 
 All probes of a row see the same input up to the first layer that a direction of the step perturbs.
-So the layers before it run on one copy of each row, and that layer puts the copies back in the
-stacked order. Whatever runs outside the layers (embeddings, masks, head) sees the stacked rows as
-always; layers that run again after that point (weights shared between depths) run on all rows.
+So the layers before it (all, where only what comes after them is drawn) run on one copy of each row,
+and the last of these puts the copies back in the stacked order. Whatever runs outside the layers
+(embeddings, masks, head) sees the stacked rows as always; layers that run again after that point
+(weights shared between depths) run on all rows.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def wrapped_forwards(
 
 
 class SharedPrefix:
-    """Wraps the layers up to the first one that holds a drawn module.
+    """Wraps the layers before the first one that holds a drawn module.
 
     `layers`: the model's repeated blocks in order. `drawn`: the modules that own drawn parameters.
     Where a drawn module runs before the layers, PrefixUnsafeError is raised before any loss is
@@ -56,8 +57,7 @@ class SharedPrefix:
 
     def __init__(self, layers: Sequence[nn.Module], drawn: Collection[nn.Module]) -> None:
         holds = [any(m in drawn for m in layer.modules()) for layer in layers]
-        first = holds.index(True) if True in holds else len(layers) - 1
-        self._layers = layers[: first + 1] if first > 0 else []
+        self._layers = layers[: holds.index(True)] if True in holds else layers
         self._pieces: Sequence[tuple[int, int]] = ()
         self._waiting = self._shared = False
 
@@ -104,18 +104,19 @@ class SharedPrefix:
                 if hidden is None or hidden.shape[0] % self._num_stacked:
                     raise PrefixUnsafeError("the first layer's input has no rows along dim 0")
                 self._per_row = hidden.shape[0] // self._num_stacked
-            if last:
-                self._waiting = False
-            move = self._restack if last else self._share
-            args, kwargs = pytree.tree_unflatten([move(leaf) for leaf in leaves], spec)
+            args, kwargs = pytree.tree_unflatten([self._share(leaf) for leaf in leaves], spec)
             try:
-                return forward(*args, **kwargs)
+                out = forward(*args, **kwargs)
             except (PrefixUnsafeError, torch.OutOfMemoryError):
                 raise
             except RuntimeError as error:
                 # ALiBi's biases may have rows times heads along dim 0, or as many heads as there are rows.
                 # An error of another kind comes again when rows are not shared.
                 raise PrefixUnsafeError(f"a layer did not take the rows that were left: {error}") from error
+            if not last:
+                return out
+            self._waiting = False
+            return pytree.tree_map(self._restack, out)
 
         return run
 

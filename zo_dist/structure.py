@@ -1,4 +1,4 @@
-"""What structure the noise of a matrix has: none, or one of these. Chosen here alone."""
+"""What structure the noise has: none, or one of these. Chosen here alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from zo_dist.flipout import Flipout, FlipoutNoise
 from zo_dist.laws import Law
 from zo_dist.lowrank import LowRank, LowRankNoise
 from zo_dist.noise import Noise
+from zo_dist.orthogonal import Orthogonal, OrthogonalNoise
 
-Structure = LowRank | Flipout
+Structure = LowRank | Flipout | Orthogonal
 
 
 def noise_of(
@@ -25,5 +26,7 @@ def noise_of(
             return LowRankNoise(law, seed, compile, structure, shapes)
         case Flipout():
             return FlipoutNoise(law, seed, compile, shapes)
+        case Orthogonal():
+            return OrthogonalNoise(law, seed, compile, shapes)
         case _:
-            raise ValueError(f"structure is {structure!r}; use LowRank(...), Flipout() or None")
+            raise ValueError(f"structure is {structure!r}; use LowRank(...), Flipout(), Orthogonal() or None")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zo_dist.engines import forwards_in_step
 from zo_dist.params import evaluating
 from zo_dist.tasks.metrics import TextMetric, f1
-from zo_dist.tasks.scoring import Batch, base_model, contiguous_head_input
+from zo_dist.tasks.scoring import Batch, base_model, contiguous_head_input, head_of
 
 if TYPE_CHECKING:  # the package is imported without transformers, which takes a second
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ class TextGenerator:
         if generate is None:
             raise ValueError(f"{type(module).__name__} has no generate: texts need a transformers model")
         prompts = batch["input_ids"]
-        with evaluating(module), contiguous_head_input(base_model(model)):
+        with evaluating(module), contiguous_head_input(head_of(base_model(model))):
             tokens = generate(
                 input_ids=prompts,
                 attention_mask=batch["attention_mask"],
