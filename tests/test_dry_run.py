@@ -21,6 +21,7 @@ LENGTH = 64
 SETTINGS: dict[str, dict[str, Any]] = {
     **EITHER_WAY,
     "low rank": {"noise": "gaussian", "structure": {"name": "low_rank", "rank": 2, "refresh": 5}},
+    "orthogonal": {"structure": {"name": "orthogonal"}, "directions": 4},
     "cast": {"engine": {"kind": "fsdp2", "compute_dtype": "bfloat16"}},
 }
 

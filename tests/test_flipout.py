@@ -84,7 +84,7 @@ def test_no_cut_shows(name: str, dtype: torch.dtype, law: str, monkeypatch: pyte
     total = torch.zeros(numel)
     noise.accumulate(total, name, 4, terms, 0)
     for chunk in (64, 1 << 20):
-        monkeypatch.setattr("zo_dist.flipout._CHUNK", chunk)
+        monkeypatch.setattr("zo_dist.kernels.HELD", chunk)
         for edges in ((0, numel), (0, 1, 2, 50, 51, 100, 177, numel)):
             for a, b in itertools.pairwise(edges):
                 outs = [torch.empty(b - a, dtype=dtype) for _ in range(2)]

@@ -70,7 +70,7 @@ def test_no_cut_shows(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(total.double(), exact, rtol=2.0**-23, atol=0)  # type: ignore[arg-type]
     edges = (0, 1, 2, 5, 11) if name == "v" else (0, 1, 2, 50, 51, 100, 177, numel)
     for chunk in (7, 64, 1 << 20):
-        monkeypatch.setattr("zo_dist.orthogonal._CHUNK", chunk)
+        monkeypatch.setattr("zo_dist.kernels.HELD", chunk)
         for a, b in [(0, numel), *itertools.pairwise(edges)]:
             outs = [torch.empty(b - a, dtype=dtype) for _ in range(2)]
             z.shift(outs, weight[a:b], name, 4, 6, a, [0.5, -0.25])

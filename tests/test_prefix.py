@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -207,5 +209,35 @@ def test_layers_that_are_given_biases_of_heads_run_on_all_rows(kind: str) -> Non
         )
     losses, weights, _ = run(train_late_layers(copy.deepcopy(model)), 1, shared=True)
     expected, theirs, _ = run(train_late_layers(model), 1, shared=False)
+    assert losses == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights, theirs, strict=True))
+
+
+def test_layers_that_take_up_keys_and_values_of_others_run_on_all_rows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The last layers of a Gemma 4 have none of their own, and get those of shared layers in an object."""
+    torch.manual_seed(0)
+    small = {
+        **TINY,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    small |= {"intermediate_size": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+    config = Gemma4TextConfig(
+        **small,
+        global_head_dim=16,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+    )
+    model = Gemma4ForCausalLM(config)
+    for name, param in model.named_parameters():
+        param.requires_grad_("layers.4.mlp" in name)
+    caplog.set_level("INFO")
+    losses, weights, _ = run(copy.deepcopy(model), 1, shared=True)
+    assert "no shared prefix" in caplog.text
+    expected, theirs, _ = run(model, 1, shared=False)
     assert losses == expected
     assert all(torch.equal(a, b) for a, b in zip(weights, theirs, strict=True))

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -77,13 +81,55 @@ def test_single_tokens_need_no_other_words(model: nn.Module) -> None:
     fast = collate(SINGLE, pad_id=0, fast=True)
     head, widths = cast(Any, model).get_output_embeddings(), []
     head.register_forward_hook(lambda module, args, out: widths.append(out.shape[-1]))
+    # The first forward finds out whether that can be.
     few = option_scores(model, fast)
+    assert torch.equal(option_scores(model, fast), few)
     # As a head that is perturbed: its forward is another's.
     head.forward = head.forward
     torch.testing.assert_close(few, option_scores(model, fast), **CLOSE)
     del head.forward
     assert torch.equal(option_scores(model, fast), few)
-    assert widths == [len({int(word) for word in fast["option_ids"].flatten()}), VOCAB, widths[0]]
+    assert widths == [VOCAB, 2, VOCAB, 2]
+
+
+class OtherWayRound(nn.Module):
+    """A model whose head is given columns first."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model, self.lm_head = model.model, model.lm_head
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return SimpleNamespace(logits=self.lm_head(hidden.transpose(0, 1)).transpose(0, 1))
+
+
+@pytest.mark.parametrize("kind", ["scaled", "capped", "columns first"])
+def test_models_that_do_more_with_logits_keep_them_all(kind: str) -> None:
+    torch.manual_seed(0)
+    small = {
+        **TINY,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
+    model: Any
+    if kind == "scaled":
+        model = GraniteForCausalLM(GraniteConfig(**small, logits_scaling=3.0))
+    elif kind == "capped":
+        model = Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8, final_logit_softcapping=100.0))
+    else:
+        model = OtherWayRound(LlamaForCausalLM(LLAMA))
+    model = model.eval().requires_grad_(False)
+    fast = collate(SINGLE, pad_id=0, fast=True)
+    options = {"input_ids": fast["input_ids"], "attention_mask": fast["attention_mask"], "use_cache": False}
+    expected = model(**options).logits[:, -1].gather(1, fast["option_ids"])
+    for _ in range(2):
+        torch.testing.assert_close(option_scores(model, fast), expected, **CLOSE)
 
 
 def plain_log_probs(model: nn.Module, tokens: tuple[int, ...]) -> Tensor:

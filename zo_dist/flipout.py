@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_dist.kernels import part_of
+from zo_dist.kernels import held_of, part_of
 from zo_dist.laws import Law
 from zo_dist.matrices import MatrixNoise
 from zo_dist.noise import Noise, to_device
 
-# Elements of a matrix whose noise is held at a time: they stay in a core's cache. A GPU needs more work.
-_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 22
 # Directions whose signs are drawn together.
 _TOGETHER = 32
 
@@ -95,7 +93,7 @@ class FlipoutNoise(MatrixNoise):
         right = self._flips(name, "columns", step, directions, 0, columns, device).to(torch.float64)
         right *= scales.unsqueeze(1)
         end = offset + numel
-        most = max(1, (_CHUNK if device.type == "cpu" else _GPU_CHUNK) // columns)
+        most = max(1, held_of(device) // columns)
         most = min(most, -(-end // columns) - offset // columns)
         # Fresh memory for every piece would take longer than what is done in it.
         exact = torch.empty(most, columns, dtype=torch.float64, device=device)

@@ -22,6 +22,9 @@ EAGER_CHUNK, FUSED_CHUNK = 1 << 20, 1 << 30
 # Elements of a matrix whose noise takes part in one product. A GPU needs more work in one.
 PART, GPU_PART = 1 << 20, 1 << 24
 
+# Elements whose noise is held at a time: they stay in a core's cache.
+HELD, GPU_HELD = 1 << 18, 1 << 22
+
 # Up to so many elements, one call on copies padded to whole tiles is cheaper than one for the tiles
 # and one for each end.
 _SMALL = 1 << 14
@@ -32,6 +35,11 @@ _WIDER = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32
 def part_of(device: torch.device) -> int:
     """How many elements of a matrix whose noise is made go into one product."""
     return PART if device.type == "cpu" else GPU_PART
+
+
+def held_of(device: torch.device) -> int:
+    """How many elements' noise is made at a time where it takes part in several operations."""
+    return HELD if device.type == "cpu" else GPU_HELD
 
 
 class Kernel(NamedTuple):

@@ -159,7 +159,7 @@ class LowRankNoise(MatrixNoise):
             )
         if self._rank.fixed:
             return Span(span.name, span.flat.new_empty(self._rank.rank), 0)
-        rows, inner = self._rows_of(span.name, span.offset, span.flat.numel()), self._widths(span.name)[1]
+        rows, inner = self._rows_of(span.name, span.offset, span.numel), self._widths(span.name)[1]
         return Span(span.name, span.flat.new_empty(len(rows) * inner), rows.start * inner)
 
     def carry(self, name: str, left: Tensor, before: int, step: int) -> None:

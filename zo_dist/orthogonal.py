@@ -1,8 +1,8 @@
 """Noise of orthogonal directions: `z = base * walsh`, one base of signs per step, for all trained weights.
 
-Walsh's functions are the rows of Sylvester's Hadamard matrix: direction d has -1 at number i of the trained
-weights where the binary digits that d and i share are odd in number. What tells directions apart is exact, so
-several of them see nothing twice: see docs/methods.md.
+The Hadamard-Rademacher directions of structured evolution (arXiv 1804.02395), here by global index. Walsh's
+functions are the rows of Sylvester's Hadamard matrix: direction d has -1 at number i of the trained weights
+where the binary digits that d and i share are odd in number. See docs/methods.md for what it is good for.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo_dist.flipout import summable
+from zo_dist.kernels import held_of
 from zo_dist.laws import Law
 from zo_dist.noise import Noise, to_device
-
-# Elements whose noise is held at a time: they stay in a core's cache. A GPU needs more work.
-_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,12 +29,13 @@ class Orthogonal:
 class OrthogonalNoise(Noise):
     """`Noise` of signs in which the directions of a step are orthogonal, as far as their number allows.
 
-    Each z by itself has the law that it has without. With n trained weights, and D directions that draw
-    them all, an element's estimate has beside its own slope those of `n / D - 1` others, with random signs,
-    where independent signs leave `(n - 1) / D`: none with D a power of two from n on. (A D that is no power
-    of two is between the two.) `shapes`: of all trained parameters, whose elements are numbered one after
-    another. Cost: a write draws the base once, for all directions, and adds these up by a fast transform in
-    float64; a shift takes some five passes over what it shifts. ValueError for another law than signs.
+    Each z by itself has the law that it has without. With n trained weights, and k directions that draw them
+    all and are tested by the same rows (`directions_per_row`), an element's estimate has beside its own slope
+    those of `n / k - 1` others, with random signs, where independent signs leave `(n - 1) / k`: none with k a
+    power of two from n on. (A k that is no power of two is between the two.) `shapes`: of all trained
+    parameters, whose elements are numbered one after another. Cost: a write draws the base once, for all
+    directions, and adds these up by a fast transform in float64; a shift takes some five passes over what it
+    shifts. ValueError for another law than signs.
     """
 
     def __init__(self, law: Law, seed: int, compile: bool, shapes: Mapping[str, torch.Size]) -> None:
@@ -116,7 +114,7 @@ class OrthogonalNoise(Noise):
         self, period: Tensor, name: str, step: int, offset: int, numel: int
     ) -> Iterator[tuple[slice, Tensor]]:
         """Pieces of the base of elements `offset ...` times a function of their number that has a period."""
-        most = max(_CHUNK if period.device.type == "cpu" else _GPU_CHUNK, len(period))
+        most = max(held_of(period.device), len(period))
         for start in range(0, numel, most):
             piece = slice(start, min(start + most, numel))
             z = torch.zeros(piece.stop - start, device=period.device)
@@ -125,7 +123,6 @@ class OrthogonalNoise(Noise):
             yield piece, z.mul_(period[numbers % len(period)])
 
 
-@lru_cache(maxsize=1 << 12)
 def _walsh(direction: int, device: torch.device) -> Tensor:
     """float32: the signs of a direction over one period."""
     signs = torch.ones(1, device=device)

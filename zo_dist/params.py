@@ -60,14 +60,18 @@ class Span:
     offset: int
     runs: Runs | None = None
 
+    @property
+    def numel(self) -> int:
+        return self.flat.numel()
+
     def number(self, j: int) -> int:
         """Which element of the parameter element `j` of `flat` is."""
-        width, stride = self.runs or (self.flat.numel(), 0)
+        width, stride = self.runs or (self.numel, 0)
         return self.offset + j // width * stride + j % width
 
     def place(self, number: int) -> int:
         """Where in `flat` an element of the parameter is: `number`, taken back."""
-        width, stride = self.runs or (0, self.flat.numel() + 1)
+        width, stride = self.runs or (0, self.numel + 1)
         row, column = divmod(number - self.offset, stride)
         return row * width + column
 

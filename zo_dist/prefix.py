@@ -80,6 +80,14 @@ class SharedPrefix:
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
         try:
             yield
+        except (PrefixUnsafeError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            if not self._shared:
+                raise
+            # ALiBi's biases may have rows times heads along dim 0, or as many heads as there are rows; later
+            # layers may take up what shared ones left elsewhere. An error of another kind comes again.
+            raise PrefixUnsafeError(f"rows that were shared did not fit: {error}") from error
         finally:
             self._waiting = self._shared = False
             self._held = {}
@@ -105,14 +113,7 @@ class SharedPrefix:
                     raise PrefixUnsafeError("the first layer's input has no rows along dim 0")
                 self._per_row = hidden.shape[0] // self._num_stacked
             args, kwargs = pytree.tree_unflatten([self._share(leaf) for leaf in leaves], spec)
-            try:
-                out = forward(*args, **kwargs)
-            except (PrefixUnsafeError, torch.OutOfMemoryError):
-                raise
-            except RuntimeError as error:
-                # ALiBi's biases may have rows times heads along dim 0, or as many heads as there are rows.
-                # An error of another kind comes again when rows are not shared.
-                raise PrefixUnsafeError(f"a layer did not take the rows that were left: {error}") from error
+            out = forward(*args, **kwargs)
             if not last:
                 return out
             self._waiting = False

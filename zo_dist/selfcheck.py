@@ -138,8 +138,8 @@ def _stale_writes(engine: Engine, params: Sequence[Param], evaluate: Evaluate) -
         expected: dict[str, tuple[list[int], Tensor]] = {}
         for span, now in zip(engine.spans(params), ends, strict=True):
             span.flat[0], span.flat[-1] = now[0], now[1]
-            where = [span.number(j) for j in (0, span.flat.numel() - 1)]
-            expected[span.name] = (where, now if span.flat.numel() > 1 else now[:1].repeat(2))
+            where = [span.number(j) for j in (0, span.numel - 1)]
+            expected[span.name] = (where, now if span.numel > 1 else now[:1].repeat(2))
         engine.publish()
         return expected
 
@@ -196,7 +196,7 @@ def warn_of_coarse_weights(engine: Engine, params: Sequence[Param], eps: float) 
     """
     coarse = total = 0
     for span in engine.spans(params):
-        total += span.flat.numel()
+        total += span.numel
         if span.flat.dtype in _BITS:
             # Of the weights in [2^e, 2^(e+1)), half a step is 2^(e - bits).
             least = 2.0 ** (math.floor(math.log2(eps)) + 1 + _BITS[span.flat.dtype])

@@ -281,7 +281,7 @@ def _parts(path: Path, index: Index, kind: str, span: Span) -> list[tuple[slice,
         for number, there in runs_of(piece.offset, piece.length, piece.runs)
     )
     parts, first = [], 0
-    for number, here in runs_of(span.offset, span.flat.numel(), span.runs):
+    for number, here in runs_of(span.offset, span.numel, span.runs):
         filled, length = 0, here.stop - here.start
         # Runs follow each other; what lies before this one is not looked at again.
         while first < len(saved) and saved[first][1] <= number:

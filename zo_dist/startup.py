@@ -9,7 +9,6 @@ from torch import Tensor
 
 from zo_dist.engines import Engine
 from zo_dist.mask import Mask
-from zo_dist.noise import Noise
 from zo_dist.objective import Objective
 from zo_dist.params import evaluating
 from zo_dist.probes import Batch, RowLoss, first_row
@@ -53,8 +52,8 @@ class Startup(Stateful):
         if self.self_check:
             with evaluating(self.engine.module):
                 check_engine(self.engine, self.arms, self.noise, self.perturb, stacks, together)
-            if type(self.noise) is Noise:
-                warn_of_coarse_weights(self.engine, self.params, self.eps)
+            copied = [p for p in self.params if not self.noise.has_sides(p.name)]
+            warn_of_coarse_weights(self.engine, copied, self.eps)
         # Not before: a check that an error ended is made again.
         self._prepared = True
 

@@ -74,7 +74,7 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
     remaining = rule.remaining(write.lr, param.shape)
     if fused and noise.in_native(span.flat):
         address, bits = (noise.address(span.name, step, stream) for stream in (NOISE, ROUNDING))
-        lost = rounding.lost_of(span.name, 0, span.flat.numel())
+        lost = rounding.lost_of(span.name, 0, span.numel)
         drawn = bits if rounding.mode == "stochastic" else None
         native.update(
             span.flat, lost, noise.law, address, span.offset, terms.of_step, drawn, remaining, write.lr
@@ -85,7 +85,7 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
     moved = thin is not None and rule.factored
     scalars = to_device((remaining, write.lr), torch.float64, span.flat.device)
     chunk = _CHUNK * torch.get_num_threads() if span.flat.device.type == "cpu" else _GPU_CHUNK
-    for start in range(0, span.flat.numel(), chunk):
+    for start in range(0, span.numel, chunk):
         flat = span.flat[start : start + chunk]
         offset = span.offset + start
         exact = rounding.scratch(flat)
@@ -114,7 +114,7 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
 
 def _thin(span: Span, terms: Terms, write: Write) -> Thin | _Quotients:
     """The estimate as one product of two sides; with a rule that is factored, the move."""
-    rule, noise, place = write.rule, write.noise, (span.offset, span.flat.numel())
+    rule, noise, place = write.rule, write.noise, (span.offset, span.numel)
     factor = noise.factor(span.name, write.step, terms.of_step, span.flat.device, *place)
 
     def sides_of(factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,24 @@ def test_a_weight_that_the_files_lack_is_an_error(
         assert "model.layers.1.mlp.up_proj.weight" in message
 
 
+def dtypes_of_an_engine() -> tuple[torch.dtype, torch.dtype]:
+    """Of the partitions and of the logits, where the config has another dtype than the model."""
+    from zo_dist.engines import read_ds_config
+    from zo_dist.engines.build import zero3_engine
+
+    source = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    ds = read_ds_config(source, hidden_size=16, micro_batch=1, num_ranks=2)
+    engine: Any = zero3_engine(build("llama"), ds)
+    (dtype,) = {held(p).dtype for p in engine.module.parameters()}
+    with torch.no_grad():
+        return dtype, engine(rows_for("llama", 2)["input_ids"]).logits.dtype
+
+
+@needs_deepspeed
+def test_a_model_is_partitioned_in_the_dtype_of_the_config(pool: Callable[[int], Pool]) -> None:
+    assert pool(2).run(dtypes_of_an_engine) == [(torch.bfloat16, torch.bfloat16)] * 2
+
+
 def rows_over_gpus_alone() -> None:
     import torch.distributed as dist
 

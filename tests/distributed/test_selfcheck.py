@@ -159,5 +159,7 @@ def test_weights_that_eps_cannot_shift_are_told(
     shifted = (values.float() + eps).to(dtype)
     # A shift of less than half of a step is rounded away.
     assert bool((shifted == values).float().mean() > 0.01) == share
-    zo_dist.ZeroOrder(model, eps=eps).prepare(rows_for("llama", 2), loss_of)
-    assert ("cannot be shifted by eps" in caplog.text) == share
+    for structure in (None, zo_dist.Orthogonal()):
+        caplog.clear()
+        zo_dist.ZeroOrder(model, eps=eps, structure=structure).prepare(rows_for("llama", 2), loss_of)
+        assert ("cannot be shifted by eps" in caplog.text) == share

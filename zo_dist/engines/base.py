@@ -73,7 +73,7 @@ class Engine:
         A rank may own nothing of a parameter; then it has no span here.
         """
         spans = (self._span(p) for p in params)
-        return [s for s in spans if s is not None and s.flat.numel()]
+        return [s for s in spans if s is not None and s.numel]
 
     def _span(self, param: Param) -> Span | None:
         raise TypeError(f"{type(self).__name__} does not say which span of a parameter it holds")
@@ -128,7 +128,7 @@ class Engine:
 
     def holders(self, params: Sequence[Param]) -> dict[str, list[tuple[int, int, int]]]:
         """For each weight `(rank, offset, numel)` of every rank that holds a piece of it. A collective."""
-        spans = {span.name: (span.offset, span.flat.numel()) for span in self.spans(params)}
+        spans = {span.name: (span.offset, span.numel) for span in self.spans(params)}
         mine = [float(x) for param in params for x in spans.get(param.name, (0, 0))]
         everyone = self.exchange(mine).to(torch.int64).view(self.num_ranks, -1, 2).tolist()
         return {

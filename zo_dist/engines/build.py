@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
+from zo_dist.engines.base import Engine
 from zo_dist.engines.ds_config import DsConfig
 from zo_dist.params import find_layers, is_quantised
 
@@ -189,9 +190,16 @@ def zero3_engine(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | Non
 
     deepspeed.init_distributed()
     if ds.offload_param == "nvme":
-        _require_nvme(module, ds, dist.get_world_size(group))
+        from deepspeed.accelerator import get_accelerator
+
+        with Engine(module, torch.device(get_accelerator().current_device_name())).jointly():
+            _require_nvme(module, ds, dist.get_world_size(group))
     if not any(hasattr(param, "ds_id") for param in module.parameters()):
         rows = any(isinstance(param, DTensor) for param in module.parameters())
+        for param in () if rows or ds.dtype is None else module.parameters():
+            # What is partitioned keeps its dtype, and `initialize` casts none of it.
+            if param.is_floating_point():
+                param.data = param.data.to(ds.dtype)
         # Not left to `initialize`, whose buffers for NVMe are of another dtype on a CPU.
         init: Any = deepspeed.zero.Init(
             module=None if rows else module, data_parallel_group=group, config_dict_or_path=ds.config

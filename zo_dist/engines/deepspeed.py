@@ -23,16 +23,22 @@ def zero_engine(engine: Any) -> Engine:
 class SwappedSpan(Span):
     """A span on NVMe: `flat` is in memory until that of another is asked for, or `publish` is called."""
 
-    __slots__ = ("_read",)
+    __slots__ = ("_numel", "_read")
     _read: Callable[[], Tensor]
+    _numel: int
 
-    def __init__(self, name: str, read: Callable[[], Tensor], offset: int) -> None:
-        for attribute, value in (("name", name), ("_read", read), ("offset", offset), ("runs", None)):
+    def __init__(self, name: str, read: Callable[[], Tensor], offset: int, numel: int) -> None:
+        values = {"name": name, "_read": read, "offset": offset, "runs": None, "_numel": numel}
+        for attribute, value in values.items():
             object.__setattr__(self, attribute, value)
 
     @property
     def flat(self) -> Tensor:
-        return self._read()
+        return self._read()[: self._numel]
+
+    @property
+    def numel(self) -> int:
+        return self._numel
 
     def lasting(self) -> Tensor:
         return self.flat.clone()
@@ -109,7 +115,7 @@ class ZeRO3Engine(Engine):
         sharded: Any = param.param
         offset, numel = _extent(sharded)
         if _on_nvme(sharded):
-            return SwappedSpan(param.name, lambda: self._swapped_in(sharded)[:numel], offset)
+            return SwappedSpan(param.name, lambda: self._swapped_in(sharded), offset, numel)
         return Span(param.name, sharded.ds_tensor.detach().view(-1)[:numel], offset)
 
     def _swapped_in(self, param: Any) -> Tensor:

@@ -37,7 +37,7 @@ def pipeline(model: nn.Module, num_micro_batches: int, device: torch.device | No
     weights between them, or with quantised weights.
     """
     module = unwrap(model)
-    with Engine(module, torch.device("cpu")).jointly():
+    with Engine(module, device or next(module.parameters()).device).jointly():
         if stage_of(module) is not None:
             raise ValueError("this model is a stage of a pipeline already")
         if num_micro_batches < 1:

@@ -95,11 +95,8 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
         # The model as it was given, and as its engine holds it; whether `causal_lm_loss` is its loss.
         self._held: tuple[Any, Any] | None = None
         self._is_own_loss: bool | None = None
-        if isinstance(model, nn.Module) and computes_together(model):
-            raise ValueError(
-                "ZOTrainer gives each rank rows of its own, but ranks compute parts of one model here "
-                "(tensor parallelism, a pipeline): use step_batch"
-            )
+        if isinstance(model, nn.Module):
+            _require_own_rows(model)
         super().__init__(model, *args, **kwargs)
         self._require_trainable()
 
@@ -170,6 +167,8 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
 
     def _wrapped(self) -> Any:
         model = self.model
+        # Of one that the Trainer made.
+        _require_own_rows(model)
         if self.is_deepspeed_enabled:
             model = self.deepspeed = self._with_deepspeed(model)
         elif self.args.fsdp or self.is_fsdp_enabled:
@@ -369,6 +368,14 @@ def _require_options_of_zero_order(options: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"zo has {name!r}, which is no option of zo_dist.ZeroOrder; {nearest(name, known)}"
             )
+
+
+def _require_own_rows(model: nn.Module) -> None:
+    if computes_together(model):
+        raise ValueError(
+            "ZOTrainer gives each rank rows of its own, but ranks compute parts of one model here "
+            "(tensor parallelism, a pipeline): use step_batch"
+        )
 
 
 def _require_fsdp2(version: int) -> None:

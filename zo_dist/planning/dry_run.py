@@ -227,14 +227,15 @@ def _fake_ranks(count: int) -> Iterator[None]:
     from torch.distributed._tools import fake_collectives  # noqa: F401  (collectives of fake tensors)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    compare, part = Engine.compare_copies, kernels.PART
+    compare, part, held = Engine.compare_copies, kernels.PART, kernels.HELD
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)  # type: ignore[no-untyped-call,unused-ignore]
     # Weights without values have copies without values.
     Engine.compare_copies = lambda self, pieces, holders: None  # type: ignore[method-assign]
     # It stands for GPUs, on which linear layers are shifted in larger pieces.
-    kernels.PART = kernels.GPU_PART
+    kernels.PART, kernels.HELD = kernels.GPU_PART, kernels.GPU_HELD
     try:
         yield
     finally:
-        Engine.compare_copies, kernels.PART = compare, part  # type: ignore[method-assign]
+        kernels.PART, kernels.HELD = part, held
+        Engine.compare_copies = compare  # type: ignore[method-assign]
         dist.destroy_process_group()

@@ -258,7 +258,7 @@ def seconds(
 def _written_bytes(mode: Mode, optimizer: ZeroOrder, drawn: Drawn) -> float:
     """Bytes of the writes of a step: weights, float32 sums for each group of directions, state."""
     spans = _spans(mode, optimizer.params)
-    numel, itemsize = sum(s.flat.numel() for s in spans), spans[0].flat.element_size()
+    numel, itemsize = sum(s.numel for s in spans), spans[0].flat.element_size()
     each = 2 * itemsize + 8 * drawn.groups
     each += 8 * len(optimizer.rule.keeps) + 8 * optimizer.curvature.used
     if optimizer.rounding.mode == ROUNDINGS[1] and itemsize < 4:
@@ -297,7 +297,7 @@ def _all_spans(mode: Mode, optimizer: ZeroOrder) -> list[Span]:
 
 def _update_peak(optimizer: ZeroOrder, spans: list[Span]) -> int:
     """What the write of the largest span needs beside it: the real code on the meta device."""
-    span = max(spans, key=lambda s: s.flat.numel())
+    span = max(spans, key=lambda s: s.numel)
     param = next(p for p in optimizer.params if p.name == span.name)
     tracer = Tracer([span.flat, *tensors_of(optimizer.beside).values()], None)
     without_values(optimizer.noise, tracer)

@@ -250,6 +250,9 @@ def without_values(noise: Noise, tracer: Tracer) -> None:
         bases = (UnfilledNoise,) if kind is Noise else (kind, UnfilledNoise)
         noise.__class__ = type("UnfilledNoise", bases, {})
     noise.tracer = tracer  # type: ignore[attr-defined]
+    for inner in vars(noise).values():
+        if isinstance(inner, Noise):
+            without_values(inner, tracer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,15 @@ otherwise among the largest costs of a forward pass.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Batch = Mapping[str, Any]
 
@@ -30,11 +32,10 @@ def option_scores(model: nn.Module, batch: Batch) -> Tensor:
     scores (-inf where option_valid is False). Fast form: the logit of the option's one token, which
     is its log-probability up to the softmax's normaliser. That is the same for all options of a row
     and changes neither their order nor a cross-entropy over them, so the pass over the whole
-    vocabulary is saved; where the head is a plain Linear, so is the product with the other words,
-    and that with the options' is added up and kept in float32.
+    vocabulary is saved, and mostly the product with the other words: `_option_logits`.
     """
     if "option_ids" in batch:
-        return _last_logits(model, batch["input_ids"], batch["attention_mask"], 1, batch["option_ids"])[:, 0]
+        return _option_logits(model, batch)
     nll, num_tokens = _option_nll(
         model,
         batch["input_ids"].flatten(0, 1),
@@ -144,13 +145,8 @@ def _token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts).view_as(targets)
 
 
-def _last_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int, words: Tensor | None = None
-) -> Tensor:
-    """The logits in the last `keep` columns: [N, keep, V] in the model's dtype.
-
-    Of each row's `words` [N, W] alone, if they are given: [N, keep, W] in float32.
-    """
+def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    """The model's logits in the last `keep` columns: [N, keep, V] in the model's dtype."""
     accepted = inspect.signature(base_model(model).forward).parameters
     options: dict[str, object] = {}
     if "position_ids" in accepted:
@@ -159,47 +155,71 @@ def _last_logits(
         options["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = keep
-    head = head_of(base_model(model))
-    with contiguous_head_input(head), _head_for(words, keep, head) as is_cut:
+    with contiguous_head_input(head_of(base_model(model))):
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
-    logits: Tensor = output.logits[:, -keep:]
-    if words is None or is_cut():
-        return logits
-    return logits.gather(2, words.unsqueeze(1).expand(-1, keep, -1)).float()
+    logits: Tensor = output.logits
+    return logits[:, -keep:]
+
+
+# Does a model hand on what its head gives, as it is? Found out by the first forward that could use it.
+_HANDS_ON: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# How far apart two ways to compute a logit may be, in the largest: in 16 bits a few roundings of it.
+_ROUNDING = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: 2.0**-16}
+
+
+def _option_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits of options of one token [R, O] float32, without those of other words where that can be.
+
+    It cannot where the head is no plain Linear, where its forward is another's (as while it is perturbed),
+    where ranks hold parts of it, and where the model does more with what its head gives.
+    """
+    module, words, own = base_model(model), batch["option_ids"], list[Tensor]()
+    head = head_of(module)
+    with _only(words, head, own):
+        logits = _last_logits(model, batch["input_ids"], batch["attention_mask"], 1)[:, 0]
+    if head is not None and own and _HANDS_ON.get(head):
+        return own[0]
+    chosen = logits.gather(1, words).float()
+    if head is None or not own:
+        return chosen
+    caps = getattr(getattr(module, "config", None), "final_logit_softcapping", None)
+    # A plan has no values to compare.
+    near = type(chosen) is not Tensor or chosen.is_meta or _near(own[0], chosen, logits.dtype)
+    _HANDS_ON[head] = near and caps is None
+    return own[0] if _HANDS_ON[head] else chosen
+
+
+def _near(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    size = float(other.abs().max()) if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=0, atol=size * _ROUNDING.get(dtype, 0.0), equal_nan=True)
+
+
+@contextmanager
+def _only(words: Tensor, head: nn.Module | None, own: list[Tensor]) -> Iterator[None]:
+    """Inside, a head puts its logits of these words into `own`; once it may, it gives no other."""
+    if type(head) is not nn.Linear or "forward" in head.__dict__ or _HANDS_ON.get(head) is False:
+        yield
+        return
+    whole = head.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if isinstance(head.weight, DTensor) or x.ndim != 3 or len(x) != len(words):
+            return whole(x)
+        logits = (x[:, -1:].float() * head.weight[words].float()).sum(2)
+        own.append(logits if head.bias is None else logits + head.bias[words].float())
+        return own[0].unsqueeze(1) if _HANDS_ON.get(head) else whole(x)
+
+    head.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del head.__dict__["forward"]
 
 
 def head_of(module: nn.Module) -> nn.Module | None:
     """The vocabulary projection of a language model, where it says which that is."""
     find_head = getattr(module, "get_output_embeddings", None)
     return find_head() if callable(find_head) else None
-
-
-@contextmanager
-def _head_for(words: Tensor | None, keep: int, head: nn.Module | None) -> Iterator[Callable[[], bool]]:
-    """Inside, the vocabulary projection computes these words alone, where it can; the result says if it has.
-
-    It cannot where its forward is not that of a plain Linear, as that of a head that is perturbed.
-    """
-    cut = False
-    if words is None or type(head) is not nn.Linear or "forward" in head.__dict__:
-        yield lambda: cut
-        return
-    whole = head.forward
-
-    def forward(x: Tensor) -> Tensor:
-        nonlocal cut
-        # Of ranks that each hold some of the words, none could tell which.
-        if type(head.weight.detach()) is not Tensor:
-            return whole(x)
-        cut = True
-        logits = (x[:, -keep:].unsqueeze(2).float() * head.weight[words].unsqueeze(1).float()).sum(3)
-        return logits if head.bias is None else logits + head.bias[words].unsqueeze(1).float()
-
-    head.__dict__["forward"] = forward
-    try:
-        yield lambda: cut
-    finally:
-        del head.__dict__["forward"]
 
 
 @contextmanager
