@@ -118,9 +118,9 @@ def test_what_is_made_exact_keeps_what_float32_has() -> None:
     scales = torch.tensor([1.0 / 3, -7e-5 / 3, 1e-6, 123.456]).tolist()
     assert summable(scales) == scales
     assert summable([0.0, 0.0]) == [0.0, 0.0]
-    assert summable([1e-320]) == [1e-320]
-    for some in ([1e20, 1e-3, 3.0], [1e30, -1e-30], [0.1] * 64):
-        made = summable(some)
+    assert summable(torch.tensor([1e-40]).tolist()) == torch.tensor([1e-40]).tolist()
+    for given in ([1e20, 1e-3, 3.0], [1e30, -1e-30], [0.1] * 64):
+        made, some = summable(given), torch.tensor(given).tolist()
         size = math.fsum(map(abs, some))
         assert all(abs(a - b) <= 2.0**-52 * size for a, b in zip(some, made, strict=True))
         # In float64 every partial sum, in any order and with any signs, is a whole number of the grid.

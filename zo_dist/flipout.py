@@ -129,10 +129,11 @@ class FlipoutNoise(MatrixNoise):
 
 
 def summable(scales: Sequence[float]) -> list[float]:
-    """`scales` as multiples of one number, so that float64 holds all sums of them, with any signs, exactly.
+    """`scales`, in float32 as all noise takes them, as multiples of one number.
 
-    A product of matrices then has the same bits whatever order it adds in. Of what all scales are together in
-    size, each loses less than 2**-52.
+    So float64 holds all sums of them, with any signs, exactly. A product of matrices then has the same bits
+    whatever order it adds in. Of what all scales are together in size, each loses less than 2**-52.
     """
+    scales = torch.tensor(scales, dtype=torch.float32).tolist()
     last = math.frexp(math.fsum(map(abs, scales)))[1] - 52
     return [math.ldexp(round(math.ldexp(scale, -last)), last) for scale in scales]
