@@ -1,4 +1,4 @@
-"""What noise with a structure in matrices shares, whichever that is: see flipout.py and lowrank.py."""
+"""What noise with a structure shares, whichever that is: see flipout.py, lowrank.py and orthogonal.py."""
 
 from __future__ import annotations
 
@@ -12,20 +12,11 @@ from zo_dist.laws import Law
 from zo_dist.noise import Noise
 
 
-class MatrixNoise(Noise):
-    """`Noise` that has a structure in every parameter of two dimensions or more (the first against the rest).
+class PieceNoise(Noise):
+    """`Noise` whose z is made some elements at a time, by `_sums`; in which names, `_in_pieces` says."""
 
-    All others, vectors and names that are no parameter's, have the noise of `Noise`.
-    """
-
-    def __init__(self, law: Law, seed: int, compile: bool, shapes: Mapping[str, torch.Size]) -> None:
-        super().__init__(law, seed, compile)
-        matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1 and shape.numel()}
-        self._rows = {name: shape[0] for name, shape in matrices.items()}
-        self._columns = {name: math.prod(shape[1:]) for name, shape in matrices.items()}
-
-    def has_sides(self, name: str) -> bool:
-        return name in self._columns
+    def _in_pieces(self, name: str) -> bool:
+        return True
 
     def _sums(
         self,
@@ -36,7 +27,7 @@ class MatrixNoise(Noise):
         numel: int,
         device: torch.device,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces of the sum of `scale * z` of elements `offset ...` of a matrix, and where in them each is.
+        """Pieces of the sum of `scale * z` of elements `offset ...`, and where in them each is.
 
         What is given may be overwritten by the next.
         """
@@ -52,7 +43,7 @@ class MatrixNoise(Noise):
         offset: int,
         scales: Sequence[float],
     ) -> None:
-        if not self.has_sides(name):
+        if not self._in_pieces(name):
             super().shift(outs, weight, name, step, direction, offset, scales)
             return
         for piece, z in self._sums(name, step, [(direction, 1.0)], offset, weight.numel(), weight.device):
@@ -63,8 +54,27 @@ class MatrixNoise(Noise):
     def accumulate(
         self, out: Tensor, name: str, step: int, terms: Sequence[tuple[int, float]], offset: int
     ) -> None:
-        if not self.has_sides(name):
+        if not self._in_pieces(name):
             super().accumulate(out, name, step, terms, offset)
             return
         for piece, total in self._sums(name, step, terms, offset, out.numel(), out.device):
             out[piece] += total
+
+
+class MatrixNoise(PieceNoise):
+    """`Noise` that has a structure in every parameter of two dimensions or more (the first against the rest).
+
+    All others, vectors and names that are no parameter's, have the noise of `Noise`.
+    """
+
+    def __init__(self, law: Law, seed: int, compile: bool, shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__(law, seed, compile)
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1 and shape.numel()}
+        self._rows = {name: shape[0] for name, shape in matrices.items()}
+        self._columns = {name: math.prod(shape[1:]) for name, shape in matrices.items()}
+
+    def has_sides(self, name: str) -> bool:
+        return name in self._columns
+
+    def _in_pieces(self, name: str) -> bool:
+        return self.has_sides(name)

@@ -18,6 +18,7 @@ from torch import Tensor
 from zo_dist.flipout import summable
 from zo_dist.kernels import held_of
 from zo_dist.laws import Law
+from zo_dist.matrices import PieceNoise
 from zo_dist.noise import Noise, to_device
 
 
@@ -26,7 +27,7 @@ class Orthogonal:
     """The directions of a step are orthogonal: rows of a Hadamard matrix, with a random sign per column."""
 
 
-class OrthogonalNoise(Noise):
+class OrthogonalNoise(PieceNoise):
     """`Noise` of signs in which the directions of a step are orthogonal, as far as their number allows.
 
     Each z by itself has the law that it has without. With n trained weights, and k directions that draw them
@@ -59,22 +60,6 @@ class OrthogonalNoise(Noise):
         super().warm_up(*arguments)
         self._base.compile = self.compile
 
-    def shift(
-        self,
-        outs: Sequence[Tensor],
-        weight: Tensor,
-        name: str,
-        step: int,
-        direction: int,
-        offset: int,
-        scales: Sequence[float],
-    ) -> None:
-        walsh = _walsh(direction, weight.device)
-        for piece, z in self._times(walsh, name, step, offset, weight.numel()):
-            exact = weight[piece].to(torch.float32)
-            for out, scale in zip(outs, scales, strict=True):
-                out[piece] = exact + z * scale
-
     def shift_rows(
         self, table: Tensor, rows: Tensor, name: str, step: int, direction: int, scale: float
     ) -> Tensor:
@@ -84,14 +69,6 @@ class OrthogonalNoise(Noise):
         numbers = rows.unsqueeze(1) * width + torch.arange(width, device=table.device)
         z *= walsh[(self._starts.get(name, 0) + numbers) % len(walsh)]
         return (table[rows].to(torch.float32) + z * scale).to(table.dtype)
-
-    def accumulate(
-        self, out: Tensor, name: str, step: int, terms: Sequence[tuple[int, float]], offset: int
-    ) -> None:
-        """As `Noise.accumulate`, but the sum over directions is rounded once."""
-        total = _sum_of_walsh(terms, out.device)
-        for piece, part in self._times(total, name, step, offset, out.numel()):
-            out[piece] += part
 
     def combine(
         self,
@@ -110,17 +87,23 @@ class OrthogonalNoise(Noise):
     def round(self, out: Tensor, exact: Tensor, name: str, step: int, offset: int) -> None:
         self._base.round(out, exact, name, step, offset)
 
-    def _times(
-        self, period: Tensor, name: str, step: int, offset: int, numel: int
+    def _sums(
+        self,
+        name: str,
+        step: int,
+        terms: Sequence[tuple[int, float]],
+        offset: int,
+        numel: int,
+        device: torch.device,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces of the base of elements `offset ...` times a function of their number that has a period."""
-        most = max(held_of(period.device), len(period))
+        total = _sum_of_walsh(terms, device)
+        most = max(held_of(device), len(total))
         for start in range(0, numel, most):
             piece = slice(start, min(start + most, numel))
-            z = torch.zeros(piece.stop - start, device=period.device)
+            z = torch.zeros(piece.stop - start, device=device)
             self._base.accumulate(z, name, step, [(0, 1.0)], offset + start)
-            numbers = torch.arange(len(z), device=z.device) + (self._starts.get(name, 0) + offset + start)
-            yield piece, z.mul_(period[numbers % len(period)])
+            numbers = torch.arange(len(z), device=device) + (self._starts.get(name, 0) + offset + start)
+            yield piece, z.mul_(total[numbers % len(total)])
 
 
 def _walsh(direction: int, device: torch.device) -> Tensor:
@@ -133,6 +116,8 @@ def _walsh(direction: int, device: torch.device) -> Tensor:
 
 def _sum_of_walsh(terms: Sequence[tuple[int, float]], device: torch.device) -> Tensor:
     """float32: the sum of `scale * signs` over one period of all, exact until it is rounded."""
+    if len(terms) == 1:
+        return _walsh(terms[0][0], device) * terms[0][1]
     scales: dict[int, float] = {}
     for (direction, _), scale in zip(terms, summable([scale for _, scale in terms]), strict=True):
         scales[direction] = scales.get(direction, 0.0) + scale

@@ -109,11 +109,14 @@ class ZeRO3Engine(Engine):
 
     def spans(self, params: Iterable[Param]) -> list[Span]:
         self.publish()
-        return [self._span(param) for param in params if _extent(param.param)[1]]
+        return super().spans(params)
 
     def _span(self, param: Param) -> Span:
         sharded: Any = param.param
-        offset, numel = _extent(sharded)
+        size = sharded.ds_tensor.ds_numel
+        offset = sharded.ds_zero_partition_rank * size
+        # The tail of the last shards is uninitialised padding.
+        numel = max(0, min(size, sharded.ds_numel - offset))
         if _on_nvme(sharded):
             return SwappedSpan(param.name, lambda: self._swapped_in(sharded), offset, numel)
         return Span(param.name, sharded.ds_tensor.detach().view(-1)[:numel], offset)
@@ -154,14 +157,6 @@ class ZeRO3Engine(Engine):
         self._swap_out()
         with GatheredParameters([param.param], modifier_rank=None):
             yield param.param.detach()
-
-
-def _extent(param: Any) -> tuple[int, int]:
-    """The first element of this rank's shard, and how many there are."""
-    size = param.ds_tensor.ds_numel
-    offset = param.ds_zero_partition_rank * size
-    # The tail of the last shards is uninitialised padding.
-    return offset, max(0, min(size, param.ds_numel - offset))
 
 
 def _on_nvme(param: Any) -> bool:
