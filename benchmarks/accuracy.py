@@ -33,7 +33,8 @@ from zo_dist.train import Prepared, build_optimizer, prepare
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
-ALL_WEIGHTS = ["model.parameters=null", "data.length_pool=1", "train.rows=16", "train.schedule=constant"]
+ALL_WEIGHTS = ["model.parameters=null", "data.length_pool=1", "train.rows=16"]
+ALL_WEIGHTS += ["train.schedule=constant", "train.final_fraction=0"]
 ALL_WEIGHTS += ["optimizer.eps=1e-3", "optimizer.rounding=stochastic"]
 
 # What each run changes of configs/quickstart.yaml.

@@ -3,7 +3,7 @@
     python -m benchmarks.step [--models smollm2 1b 3b] [--lengths 15 64 256] [--engines ...] [--json FILE]
 
 Each line of the grid is one process group in which all methods take turns, so that a slower moment
-of the machine hits all. AdaLeZO and LeZO are means over `--rounds` draws of arms. `forward` is one
+of the machine hits all; methods of more directions than `--rows` are left out. AdaLeZO and LeZO are means over `--rounds` draws of arms. `forward` is one
 forward of the rows, `two_forwards` the limit of a method that shares nothing, `stacked_forward` one
 forward of twice the rows, and `mezo_published` MeZO's own loop, eager and in place.
 """
@@ -42,6 +42,8 @@ def main() -> None:
         if (engine == "replicated") == (ranks > 1) and len(arguments.engines) > 1:
             continue  # sharding over one process, and copies, are not what is asked
         cases = [c for c in arguments.methods if c != "mezo_published" or ranks == 1]
+        # Each direction takes a row.
+        cases = [c for c in cases if int(c.partition(":")[2] or 1) <= arguments.rows]
         lines += measured(
             ranks,
             model=model,

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from models import build, loss_of, rows_for
 
 import zo_dist
+from benchmarks.accuracy import METHODS, QUICKSTART
 from zo_dist.config import (
     Config,
     DataConfig,
@@ -179,6 +180,11 @@ def test_mistakes_are_named(path: Path, override: str, words: list[str]) -> None
         load_config(path, [override])
     for word in words[1:]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_benchmarks_run_are_settings(method: str) -> None:
+    assert load_config(QUICKSTART, METHODS[method]).optimizer.lr > 0
 
 
 KEYS = sorted(
