@@ -3,9 +3,10 @@
     python -m benchmarks.step [--models smollm2 1b 3b] [--lengths 15 64 256] [--engines ...] [--json FILE]
 
 Each line of the grid is one process group in which all methods take turns, so that a slower moment
-of the machine hits all; methods of more directions than `--rows` are left out. AdaLeZO and LeZO are means over `--rounds` draws of arms. `forward` is one
-forward of the rows, `two_forwards` the limit of a method that shares nothing, `stacked_forward` one
-forward of twice the rows, and `mezo_published` MeZO's own loop, eager and in place.
+of the machine hits all; methods of more directions than `--rows` are left out. AdaLeZO and LeZO are
+means over `--rounds` draws of arms. `forward` is one forward of the rows, `two_forwards` the limit of a
+method that shares nothing, `stacked_forward` one forward of twice the rows, and `mezo_published` MeZO's
+own loop, eager and in place.
 """
 
 from __future__ import annotations

@@ -77,6 +77,11 @@ EXPERTS = ("mixtral", "qwen3_moe", "deepseek")
 # What tensor parallelism cuts in two has as many heads.
 _IN_TWO = {
     "llama_in_two": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    # Which AutoTP cuts in two and one.
+    "llama_in_three": (
+        "Llama",
+        {"num_key_value_heads": 3, "num_attention_heads": 3, "hidden_size": 24, "tie_word_embeddings": False},
+    ),
     "qwen3_in_two": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}),
 }
 KINDS = (*_HF, "opt", "gpt2", "sequential")
@@ -106,9 +111,8 @@ def _skeleton(kind: str) -> nn.Module:
             transformers.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=16)
         )
     family, options = (_HF | _IN_TWO)[kind]
-    config = getattr(transformers, f"{family}Config")(
-        **_COMMON, hidden_size=16, intermediate_size=24, max_position_embeddings=16, **options
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 16}
+    config = getattr(transformers, f"{family}Config")(**(_COMMON | sizes | options))
     return getattr(transformers, f"{family}ForCausalLM")(config)
 
 

@@ -168,6 +168,11 @@ def test_written_out_config_reads_back_equal(path: Path, tmp_path: Path) -> None
             "engine={kind: deepspeed, deepspeed: ds.json, offload_to_cpu: true}",
             ["engine.offload_to_cpu is True", "kind is deepspeed", "to false", "offload_param.device is cpu"],
         ),
+        (
+            "engine={kind: fsdp2, tensor_ranks: 2, shard_ranks: 2}",
+            ["engine.shard_ranks is 2", "tensor_ranks is 2", "one of them to null"],
+        ),
+        ("engine.tensor_ranks=2", ["engine.tensor_ranks is 2", "kind to fsdp2", "autotp_size"]),
         ("model.dtype=bf16", ["model.dtype", "'bf16'", "bfloat16, float16, float32"]),
         ("model=opt", ["model is 'opt'"]),
         ("train.steps", ["not of the form section.key=value"]),

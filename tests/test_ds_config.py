@@ -281,6 +281,26 @@ def test_accepted(name: str) -> None:
         assert result.config["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 
+def cut_in_two(stage: int, num_ranks: int, **keys: Any) -> DsConfig:
+    source = {"tensor_parallel": {"autotp_size": 2, **keys}, "zero_optimization": {"stage": stage}}
+    return read_ds_config(source, hidden_size=HIDDEN, micro_batch=4, num_ranks=num_ranks, dtype=BF16)
+
+
+def test_autotp_stays_without_optimizer_and_with_whole_logits() -> None:
+    result = cut_in_two(2, 4, dtype="bf16", tp_overlap_comm=True)
+    assert (result.stage, result.tensor_ranks) == (0, 2)
+    cut = {"autotp_size": 2, "tp_overlap_comm": True, "vocab_parallel_lm_head": False}
+    assert result.config["tensor_parallel"] == cut
+    notes = "\n".join(result.notes)
+    for words in ("stage: 2 -> 0", "vocab_parallel_lm_head: null -> false", "dropped tensor_parallel.dtype"):
+        assert words in notes
+    for stage, num_ranks, words in ((3, 4, "set the stage to 0"), (0, 3, "divide the number of ranks, 3")):
+        with pytest.raises(ValueError, match=words):
+            cut_in_two(stage, num_ranks)
+    with pytest.raises(ValueError, match="unknown key"):
+        cut_in_two(0, 2, autotp=2)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     source, dtype, words = REFUSED[name]

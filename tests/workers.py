@@ -327,10 +327,13 @@ def wrap(engine: str, model: Any) -> Any:
 
         # Divides the rows of test_same_bits.py, as often as probes repeat them.
         return pipeline(model, num_micro_batches=11)
+    if engine.startswith("autotp"):
+        return _auto_tp(model)
     if "tp_" in engine:
         return _tensor_parallel(engine, model)
     if engine.startswith(("fsdp2", "hsdp")):
         return _fully_shard(engine, model)
+    _forget_tensor_groups()
     if engine == "zero3_init":
         return _through_zero_init(model)
     if engine == "zero2":  # DeepSpeed builds it with an optimizer only; a user may have one
@@ -346,6 +349,27 @@ def wrap(engine: str, model: Any) -> Any:
     if engine == "zero3_offload":
         zero["offload_param"] = {"device": "cpu"}
     return deepspeed_engine(model, ds_config(model, zero))
+
+
+def _auto_tp(model: Any, **settings: Any) -> Any:
+    """By DeepSpeed, in two; ranks beyond hold replicas."""
+    import torch
+
+    from zo_dist.engines import read_ds_config
+    from zo_dist.engines.build import autotp_engine
+
+    source = {"tensor_parallel": {"autotp_size": 2, **settings}}
+    dtype, ranks = next(model.parameters()).dtype, torch.distributed.get_world_size()
+    ds = read_ds_config(source, hidden_size=16, micro_batch=1, num_ranks=ranks, dtype=dtype)
+    return autotp_engine(model, ds)
+
+
+def _forget_tensor_groups() -> None:
+    """DeepSpeed keeps those of the first AutoTP engine for all engines of a process after it."""
+    from deepspeed.utils import groups
+
+    if groups.mesh_device is not None:
+        groups._release_process_group_references()
 
 
 def _tensor_parallel(engine: str, model: Any) -> Any:

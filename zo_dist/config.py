@@ -49,6 +49,7 @@ _KEYS_OF_SOME: dict[str, tuple[tuple[str, ...], object, str]] = {
     ),
     "compute_dtype": (("fsdp2",), None, "deepspeed and replicated compute in model.dtype"),
     "micro_batches": (("pipeline",), None, "the others run all rows of a forward at once"),
+    "tensor_ranks": (("fsdp2",), None, "deepspeed: tensor_parallel.autotp_size in the ds_config.json"),
 }
 
 
@@ -107,7 +108,9 @@ class EngineConfig:
     `auto`: deepspeed if `deepspeed` names a ds_config.json, else fsdp2 on several processes, else
     replicated. `shard_ranks`, for `fsdp2` and `deepspeed` at stage 3: shard over groups of this many
     consecutive ranks and replicate between the groups (HSDP), so that weights are gathered inside a group;
-    null shards over all. The next two are for `fsdp2`, and an error elsewhere. `offload_to_cpu`: keep
+    null shards over all. The next three are for `fsdp2`, and an error elsewhere. `tensor_ranks`: cut each
+    layer over this many consecutive ranks, which take the same rows, by transformers' plan for the model, and
+    shard what each holds over the others; it goes with neither of the other two. `offload_to_cpu`: keep
     the shards in CPU memory, write them there, and copy each to the device when it is gathered;
     ranks that compute on the CPU have them there anyway. `compute_dtype`: what weights are gathered,
     shifted and multiplied in (`MixedPrecisionPolicy`), while they are stored, updated and saved in
@@ -121,6 +124,7 @@ class EngineConfig:
     offload_to_cpu: bool = False
     compute_dtype: Dtype | None = None
     micro_batches: int | None = None
+    tensor_ranks: int | None = None
 
     def __post_init__(self) -> None:
         if self.deepspeed is not None:
@@ -138,6 +142,14 @@ class EngineConfig:
             _at_least(self, 1, "micro_batches")
         elif self.kind == "pipeline":
             raise ValueError("micro_batches is null, but kind is pipeline; set it to some times the ranks")
+        if self.tensor_ranks is not None:
+            _at_least(self, 1, "tensor_ranks")
+            for key in ("shard_ranks", "offload_to_cpu", "compute_dtype"):
+                if getattr(self, key):
+                    raise ValueError(
+                        f"{key} is {getattr(self, key)}, but tensor_ranks is {self.tensor_ranks}: by that "
+                        "transformers shards the model, which does not heed it; set one of them to null"
+                    )
         for key, (kinds, unset, instead) in _KEYS_OF_SOME.items():
             value = getattr(self, key)
             if value != unset and self.kind not in kinds:

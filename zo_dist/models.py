@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from zo_dist.config import Config, ModelConfig
 from zo_dist.engines import DsConfig, pipeline, read_ds_config
 from zo_dist.engines.build import (
     NotInPartsError,
+    autotp_engine,
     fsdp2_mesh,
     reading_shards,
     require_process_group,
@@ -75,6 +77,8 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
     kind = choose_engine(config, num_ranks)
     if kind == "fsdp2":
         require_process_group(kind)
+        if config.engine.tensor_ranks is not None:
+            return _cut_by_plan(config, hf_config, num_ranks).to(device)
         # Before the weights are read, which takes long: a mesh that cannot be is an error.
         mesh = fsdp2_mesh(device, config.engine.shard_ranks)
         if config.engine.offload_to_cpu and device.type == "cpu" and rank == 0:
@@ -99,11 +103,34 @@ def load_model(config: Config, hf_config: Any, device: torch.device, rank: int, 
                 return zero3_engine(model, ds, group)
             with zero3_loading(ds) if group is None else nullcontext():
                 return zero3_engine(_trainable(config.model), ds, group)
+        if ds.tensor_ranks > 1:
+            require_process_group(kind)
+            return autotp_engine(_trainable(config.model), ds)
     if kind == "pipeline":
         require_process_group(kind)
         assert config.engine.micro_batches is not None
         return pipeline(_trainable(config.model), config.engine.micro_batches, device)
     return _trainable(config.model).to(device)
+
+
+def _cut_by_plan(config: Config, hf_config: Any, num_ranks: int) -> nn.Module:
+    """The model, whose layers transformers cuts over `engine.tensor_ranks` ranks, and shards over the rest.
+
+    ValueError, naming the legal numbers, where the ranks, or the model's heads, cannot be cut so; and for a
+    model without a plan, from transformers.
+    """
+    cut, text = config.engine.tensor_ranks, hf_config.get_text_config()
+    assert cut is not None
+    heads = [getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
+    divided = math.gcd(num_ranks, *(number for number in heads if number))
+    if divided % cut:
+        legal = [str(number) for number in range(1, divided + 1) if divided % number == 0]
+        raise ValueError(
+            f"engine.tensor_ranks is {cut}; it must divide the number of ranks, {num_ranks}, and the model's "
+            f"of heads, {heads}: {', '.join(legal)}"
+        )
+    distributed = DistributedConfig(tp_size=cut, fsdp_size=num_ranks // cut)
+    return _trainable(config.model, distributed_config=distributed)
 
 
 def read_ds(config: Config, hf_config: Any, num_ranks: int) -> DsConfig:

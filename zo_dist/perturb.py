@@ -265,8 +265,8 @@ class ModulePerturbation:
 
     def _stored(self, place: Owner, param: Param) -> Tensor:
         weight = place.holder._parameters[place.attribute]
-        here, is_cut = (param.piece or param).shape, hasattr(weight, "placements")
-        if weight is None or is_cut != (param.piece is not None) or local_of(weight).shape != here:
+        here, sharded = (param.piece or param).shape, hasattr(weight, "placements")
+        if weight is None or (sharded and param.piece is None) or local_of(weight).shape != here:
             raise RuntimeError(
                 f"parameter {param.name} is not whole while its owner runs; call the model "
                 "through the object that shards it, not a submodule of it"

@@ -6,8 +6,10 @@ that transformers has for them, and what else a run needs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +18,9 @@ import torch
 from injected import Injected, remembered_noise
 from models import build, cut, loss_of, rows_for
 from reference import weight_tolerance
+from tiny_run import write_config
 from torch import Tensor, nn
-from workers import Pool, digest, scratch_folder, whole_weights, wrap
+from workers import Pool, digest, launch, scratch_folder, whole_weights, wrap
 
 from zo_dist.checkpoint import save_model
 from zo_dist.engines.pieces import piece_of, span_in
@@ -113,6 +116,11 @@ def expected_bits(pool: PoolOf, kind: str) -> list[tuple[str, str]]:
         ("tp_2", 2, "qwen3_in_two"),
         ("plan_2", 4, "qwen3_in_two"),
         ("fsdp2_tp_2x2", 4, "llama_in_two"),
+        ("autotp", 2, "llama_in_two"),
+        ("autotp", 2, "llama_tied"),
+        ("autotp", 2, "opt"),
+        ("autotp", 2, "llama_in_three"),
+        ("autotp", 4, "qwen3_in_two"),
     ],
 )
 def test_given_losses_leave_the_bits_of_one_process(
@@ -135,7 +143,7 @@ def own(engine: str, kind: str, mode: str) -> tuple[str, dict[str, Tensor], floa
 
 
 @pytest.mark.parametrize("mode", table.MODES)
-@pytest.mark.parametrize(("engine", "num_ranks"), [("plan_1", 2), ("fsdp2_tp_2x2", 4)])
+@pytest.mark.parametrize(("engine", "num_ranks"), [("plan_1", 2), ("fsdp2_tp_2x2", 4), ("autotp", 2)])
 def test_own_losses_give_the_run_of_one_process(pool: PoolOf, engine: str, num_ranks: int, mode: str) -> None:
     kind = KINDS[0]
     ((_, expected, last),) = pool(1).run(own, "replicated", kind, mode)
@@ -175,7 +183,7 @@ def continued(optimizer: Any, kind: str) -> str:
     return digest(whole_weights(optimizer))
 
 
-PLACES = [("replicated", 1), ("fsdp2", 2), ("tp_2", 2), ("fsdp2_tp_2x2", 4)]
+PLACES = [("replicated", 1), ("fsdp2", 2), ("tp_2", 2), ("fsdp2_tp_2x2", 4), ("autotp", 4)]
 
 
 @pytest.mark.parametrize("source", range(len(PLACES)))
@@ -268,6 +276,79 @@ def with_a_norm_of_its_own() -> None:
 def test_whole_weights_that_differ_in_a_group_are_refused(pool: PoolOf) -> None:
     for error in pool(2).errors(with_a_norm_of_its_own):
         assert "ranks disagree on the starting weights: model.norm.weight" in error
+
+
+def head_in_parts() -> None:
+    from deepspeed import initialize
+
+    config = {"train_batch_size": 2, "tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": True}}
+    table.optimizer(initialize(model=build(KINDS[0]), config=config)[0])
+
+
+def at_stage_3() -> None:
+    from deepspeed import initialize
+
+    config = {"train_batch_size": 2, "tensor_parallel": {"autotp_size": 2}}
+    table.optimizer(initialize(model=build(KINDS[0]), config=config | {"zero_optimization": {"stage": 3}})[0])
+
+
+@pytest.mark.parametrize(
+    ("made", "remedy"),
+    [
+        (head_in_parts, "set tensor_parallel.vocab_parallel_lm_head to false"),
+        (at_stage_3, "set the stage to 0"),
+    ],
+)
+def test_what_autotp_leaves_unclear_is_refused(pool: PoolOf, made: Callable[[], None], remedy: str) -> None:
+    for error in pool(2).errors(made):
+        assert error.startswith("ValueError")
+        assert remedy in error
+
+
+# By command.
+
+AUTOTP = {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize("engine", [{"kind": "fsdp2", "tensor_ranks": 2}, {"deepspeed": "ds.json"}])
+def test_a_run_by_command_is_that_of_one_process(tmp_path: Path, engine: dict[str, Any]) -> None:
+    results = []
+    for ranks, of_ranks in ((1, {"kind": "replicated"}), (2, engine)):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        (folder / "ds.json").write_text(json.dumps(AUTOTP))
+        if "deepspeed" in of_ranks:
+            of_ranks = {"kind": "deepspeed", "deepspeed": str(folder / "ds.json")}
+        config = write_config(folder, engine=of_ranks)
+        for done in launch([["train", str(config)]] * ranks):
+            assert done.returncode == 0, done.stderr
+        (result,) = folder.rglob("result.json")
+        results.append(json.loads(result.read_text()))
+    one, other = results
+    assert other["ranks"] == 2
+    for key in ("loss_before", "loss_after"):
+        assert other[key] == pytest.approx(one[key], abs=1e-3)
+    assert one["loss_after"] != one["loss_before"]
+
+
+@pytest.mark.parametrize(
+    ("tensor_ranks", "model", "words"),
+    [
+        (
+            3,
+            "llama",
+            "engine.tensor_ranks is 3; it must divide the number of ranks, 2, and the model's of heads",
+        ),
+        (2, "gpt2", "add `base_model_tp_plan`"),
+    ],
+)
+def test_what_no_plan_cuts_is_refused(tmp_path: Path, tensor_ranks: int, model: str, words: str) -> None:
+    config = write_config(tmp_path, engine={"kind": "fsdp2", "tensor_ranks": tensor_ranks})
+    if model == "gpt2":
+        build(model).save_pretrained(tmp_path / "model")
+    done = launch([["train", str(config)]] * 2)
+    assert all(rank.returncode for rank in done)
+    assert words in "".join(rank.stderr for rank in done)
 
 
 # Where pieces lie: torch says it, by cutting the numbers of the elements.

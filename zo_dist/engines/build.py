@@ -212,6 +212,16 @@ def zero3_engine(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | Non
     return wrapped
 
 
+def autotp_engine(module: nn.Module, ds: DsConfig) -> nn.Module:
+    """The DeepSpeed engine of `module`, whole on each rank, whose layers AutoTP cuts: no optimizer in it."""
+    import deepspeed
+
+    deepspeed.init_distributed()
+    engine: Any = deepspeed.initialize(model=module.to(ds.dtype), config=ds.config)[0]
+    wrapped: nn.Module = engine
+    return wrapped
+
+
 def _require_nvme(module: nn.Module, ds: DsConfig, num_shards: int) -> None:
     """ValueError, with the remedy, where DeepSpeed would fail to hold weights on NVMe."""
     from deepspeed.ops.op_builder import AsyncIOBuilder

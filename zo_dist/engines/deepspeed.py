@@ -1,4 +1,4 @@
-"""DeepSpeed engines: ZeRO-3 without an optimizer; stages 0 to 2 hold full copies."""
+"""DeepSpeed engines: ZeRO-3 without an optimizer; stages 0 to 2 hold full copies, or what AutoTP cut."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_dist.engines.auto_tp import AutoTPEngine, cuts_layers
 from zo_dist.engines.base import Engine, await_each_forward
+from zo_dist.engines.ds_keys import AUTOTP_AT_STAGE_3
 from zo_dist.engines.replicated import ReplicatedEngine
 from zo_dist.params import Param, Span, canonical_name, unwrap
 
 
 def zero_engine(engine: Any) -> Engine:
-    """The engine for a `DeepSpeedEngine` of any ZeRO stage."""
+    """The engine for a `DeepSpeedEngine` of any ZeRO stage; ValueError for AutoTP at stage 3."""
     module = unwrap(engine)
-    return ZeRO3Engine(engine, module) if engine.zero_optimization_stage() == 3 else ReplicatedEngine(module)
+    shards = engine.zero_optimization_stage() == 3
+    if cuts_layers(module):
+        if shards:
+            raise ValueError(AUTOTP_AT_STAGE_3)
+        return AutoTPEngine(module)
+    return ZeRO3Engine(engine, module) if shards else ReplicatedEngine(module)
 
 
 class SwappedSpan(Span):

@@ -44,6 +44,7 @@ class DsConfig:
     notes: tuple[str, ...]
     dtype: torch.dtype | None
     offload_param: str  # "none", "cpu" or "nvme"
+    tensor_ranks: int = 1  # over so many AutoTP cuts layers
 
 
 def read_ds_config(
@@ -67,12 +68,16 @@ def read_ds_config(
             raise ValueError(f"dtype is {dtype}; legal: torch.float32, .bfloat16, .float16")
         config = load_ds_config(source, notes)
         _rename_zero_keys(config, notes)
+        cut = _take_tensor_parallel(config, num_ranks, notes)
         _refuse(config)
         nvme = find(config, "zero_optimization.offload_param.device") == "nvme"
         idle = {why: keys for why, keys in ds_keys.DROPPED.items() if why != ds_keys.NVME_ONLY or not nvme}
         drop(config, "", idle, notes)
         check_keys(config, "", [*ds_keys.KEPT.split(), *names(ds_keys.DROPPED)])
-        stage, offload_param = _read_zero(config, hidden_size, notes)
+        if cut is not None:
+            config["tensor_parallel"] = cut
+        tensor_ranks = 1 if cut is None else cut["autotp_size"]
+        stage, offload_param = _read_zero(config, hidden_size, tensor_ranks, notes)
         dtype = _read_precision(config, dtype, notes)
         if "data_types" in config:
             data_types = section(config, "data_types")
@@ -82,7 +87,14 @@ def read_ds_config(
         _drop_autos(config, "", notes)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return DsConfig(stage=stage, config=config, notes=tuple(notes), dtype=dtype, offload_param=offload_param)
+    return DsConfig(
+        stage=stage,
+        config=config,
+        notes=tuple(notes),
+        dtype=dtype,
+        offload_param=offload_param,
+        tensor_ranks=tensor_ranks,
+    )
 
 
 def load_ds_config(source: str | Path | Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -161,6 +173,23 @@ def _rename_zero_keys(config: dict[str, Any], notes: list[str]) -> None:
             zero["offload_param"] = {"device": device}
 
 
+def _take_tensor_parallel(config: dict[str, Any], num_ranks: int, notes: list[str]) -> dict[str, Any] | None:
+    """The block of AutoTP, out of the config, where it cuts layers: with each rank's logits whole."""
+    key, prefix = "tensor_parallel.autotp_size", "tensor_parallel."
+    size = find(config, key)
+    if size in (None, "auto") or (size := count(size, key)) <= 1:
+        return None
+    if num_ranks % size:
+        raise ValueError(f"{key} is {size}; it must divide the number of ranks, {num_ranks}")
+    cut: dict[str, Any] = config.pop("tensor_parallel") | {"autotp_size": size}
+    drop(cut, prefix, ds_keys.TENSOR_DROPPED, notes)
+    check_keys(cut, prefix, [*ds_keys.TENSOR_KEPT.split(), *names(ds_keys.TENSOR_DROPPED)])
+    was = cut.get("vocab_parallel_lm_head")
+    if was is not False:
+        notes.append(f"{prefix}vocab_parallel_lm_head: {show(was)} -> false (losses take whole logits)")
+    return cut | {"vocab_parallel_lm_head": False}
+
+
 def _refuse(config: Mapping[str, Any]) -> None:
     for reason, keys in ds_keys.REFUSED.items():
         for key in keys.split():
@@ -176,7 +205,9 @@ def _refuse(config: Mapping[str, Any]) -> None:
                 raise ValueError(f"{key} is {value}; legal: 1. {reason}")
 
 
-def _read_zero(config: dict[str, Any], hidden_size: int | None, notes: list[str]) -> tuple[int, str]:
+def _read_zero(
+    config: dict[str, Any], hidden_size: int | None, tensor_ranks: int, notes: list[str]
+) -> tuple[int, str]:
     zero, prefix = section(config, "zero_optimization"), "zero_optimization."
     stage = zero.setdefault("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
@@ -202,8 +233,15 @@ def _read_zero(config: dict[str, Any], hidden_size: int | None, notes: list[str]
         check_keys(offload, f"{prefix}offload_param.", known)
         if device not in ("auto", "none", "cpu", "nvme"):
             raise ValueError(f"{prefix}offload_param.device is {show(device)}; legal: none, cpu, nvme")
+    if stage == 3 and tensor_ranks > 1:
+        raise ValueError(ds_keys.AUTOTP_AT_STAGE_3)
     if stage < 3:
-        notes.append(f"{prefix}stage = {stage}: all weights are on every rank, without DeepSpeed")
+        if tensor_ranks == 1:
+            notes.append(f"{prefix}stage = {stage}: all weights are on every rank, without DeepSpeed")
+        elif stage:
+            # DeepSpeed builds the others with an optimizer only.
+            notes.append(f"{prefix}stage: {stage} -> 0 (no optimizer to shard)")
+            zero["stage"] = stage = 0
         unused = " ".join(key for key in zero if key != "stage")
         drop(zero, prefix, {"only stage 3 shards weights": unused}, notes)
         return stage, "none"

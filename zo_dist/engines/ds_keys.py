@@ -75,6 +75,18 @@ ZERO_RENAMED = {
 
 OFFLOAD_DROPPED = {NVME_ONLY: "nvme_path buffer_count buffer_size max_in_cpu"}
 
+TENSOR_KEPT = """autotp_size tp tensor_parallel partition_config preset_model tp_overlap_comm
+    keep_module_on_host vocab_parallel_lm_head"""
+TENSOR_DROPPED = {
+    "zo_dist has its own losses": "vocab_parallel_ce_backend",
+    "bf16.enabled and fp16.enabled decide it": "dtype",
+    "kernels are not replaced": "replace_with_kernel_inject kernel_inject injection_policy_tuple",
+}
+AUTOTP_AT_STAGE_3 = (
+    "tensor_parallel.autotp_size cuts layers over ranks, and zero_optimization.stage 3 shards what is left: "
+    "what a rank holds then is not known here; set the stage to 0, or remove tensor_parallel"
+)
+
 PRECISION_DROPPED = {
     "there is no gradient to scale or to check": """loss_scale loss_scale_window
         initial_scale_power hysteresis consecutive_hysteresis min_loss_scale check_grad_overflow
@@ -114,9 +126,10 @@ REFUSED = {
 }
 
 REFUSED_ABOVE_ONE = {
+    "DeepSpeed cuts no layer by it; set tensor_parallel.autotp_size": """
+        tensor_parallel.tp_size tensor_parallel.tp.tp_size tensor_parallel.tensor_parallel.tp_size""",
     "each rank is one data-parallel replica to zo_dist; remove it and shard by ZeRO stage 3": """
-        tensor_parallel.autotp_size tensor_parallel.tp_size tensor_parallel.tp.tp_size
-        tensor_parallel.tensor_parallel.tp_size sequence_parallel_size pipeline.stages""",
+        sequence_parallel_size pipeline.stages""",
     "DeepSpeed removed MiCS; to shard inside a node, pass its process group to zero.Init, or use "
     "FSDP2 with a (replicate, shard) mesh": "zero_optimization.mics_shard_size",
     "gathers would read the secondary copy, which a write to the shard does not reach; to shard "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,20 +59,28 @@ def piece_of(name: str, param: DTensor, first_axis: int = 0, fsdp: bool = False)
         blocks = index[placement.dim].chunk(int(fused))
         index[placement.dim] = torch.cat([_chunk(block, at, parts) for block in blocks])
         cut.add(placement.dim)
+    piece = piece_at(param.shape, index)
+    if piece is None:
+        raise _unknown(name, param)
+    return piece
+
+
+def piece_at(whole: torch.Size, index: Sequence[Tensor]) -> Piece | None:
+    """What has these numbers along each dimension of a weight; None if not equal runs at equal distances."""
     shape = torch.Size(len(i) for i in index)
-    parted = [dim for dim, i in enumerate(index) if len(i) != param.shape[dim]]
+    parted = [dim for dim, i in enumerate(index) if len(i) != whole[dim]]
     if not parted or not shape.numel():
         return Piece(shape)
-    inner = math.prod(param.shape[parted[-1] + 1 :])
+    inner = math.prod(whole[parted[-1] + 1 :])
     along = index[parted[-1]]
     begins = torch.cat([along[:1], along[1:][along.diff() != 1]])
     starts = torch.zeros(1, dtype=torch.int64)
-    for size, of_dim in zip(param.shape, [*index[: parted[-1]], begins], strict=False):
+    for size, of_dim in zip(whole, [*index[: parted[-1]], begins], strict=False):
         starts = (starts.unsqueeze(1) * size + of_dim).flatten()
     starts, width = starts * inner, len(along) // len(begins) * inner
     steps = sorted(set(starts.diff().tolist()))
     if len(along) % len(begins) or len(steps) > 1:
-        raise _unknown(name, param)
+        return None
     contiguous = not steps or steps[0] == width
     return Piece(shape, int(starts[0]), None if contiguous else Runs(width, steps[0]))
 

@@ -18,6 +18,7 @@ def select(model: nn.Module) -> Engine:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
+    from zo_dist.engines.auto_tp import AutoTPEngine, cuts_layers
     from zo_dist.engines.fsdp2 import FSDP2Engine
     from zo_dist.engines.pipeline import PipelineEngine, stage_of
     from zo_dist.engines.replicated import ReplicatedEngine
@@ -45,6 +46,8 @@ def select(model: nn.Module) -> Engine:
         return PipelineEngine(module)
     if any(isinstance(p, DTensor) for p in module.parameters()):
         return TensorParallelEngine(module)
+    if cuts_layers(module):
+        return AutoTPEngine(module)
     return ReplicatedEngine(module)
 
 
@@ -55,10 +58,12 @@ def computes_together(model: nn.Module) -> bool:
     """
     from torch.distributed.tensor import DTensor
 
+    from zo_dist.engines.auto_tp import cuts_layers
     from zo_dist.engines.pipeline import stage_of
 
     module = unwrap(model)
-    if stage_of(module) is None and not any(isinstance(p, DTensor) for p in module.parameters()):
+    distributed = any(isinstance(p, DTensor) for p in module.parameters())
+    if not (distributed or cuts_layers(module) or stage_of(module) is not None):
         return False
     engine = select(model)
     return engine.num_groups < engine.num_ranks

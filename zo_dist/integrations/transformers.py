@@ -189,6 +189,11 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
         )
         for note in ds.notes if self.args.process_index == 0 else ():
             log.info("the DeepSpeed config: %s", note)
+        if ds.tensor_ranks > 1:
+            raise ValueError(
+                f"tensor_parallel.autotp_size is {ds.tensor_ranks}, but ranks that cut layers together take "
+                "the same rows, and the Trainer gives each its own: remove it, or use zo_dist.ZeroOrder"
+            )
         if ds.stage == 3:
             return zero3_engine(model, ds)
         return model.to(self.args.device, ds.dtype)

@@ -195,7 +195,11 @@ def _engines(
             raise ValueError(
                 f"{path}: offload to NVMe is not planned; set offload_param.device to cpu or none"
             )
+        if ds.tensor_ranks > 1:
+            raise ValueError(f"{path}: nothing is planned for tensor parallelism; remove tensor_parallel")
         engines = {"zero3": ds.offload_param != "none"} if ds.stage == 3 else {"replicated": False}
+    elif config.engine.tensor_ranks is not None:
+        raise ValueError("engine.tensor_ranks is set, for which nothing is planned; set it to null")
     elif config.engine.kind == "pipeline":
         raise ValueError("engine.kind is pipeline, for which nothing is planned; plan for fsdp2 or deepspeed")
     elif config.engine.kind != "auto":

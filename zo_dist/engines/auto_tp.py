@@ -1,0 +1,117 @@
+"""Layers that DeepSpeed's AutoTP cut over ranks (`tensor_parallel.autotp_size`), at ZeRO stages 0 to 2.
+
+Where a weight was cut DeepSpeed writes on the parameter, for its universal checkpoints
+(module_inject/layers.py, `_set_param_uc_meta`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from zo_dist.engines.base import Engine
+from zo_dist.engines.pieces import piece_at, span_in
+from zo_dist.params import Param, Piece, Span, canonical_name, require_contiguous
+
+
+def cuts_layers(module: nn.Module) -> bool:
+    """Has AutoTP cut layers of this module?"""
+    return any(_is_cut(param) for param in module.parameters())
+
+
+class AutoTPEngine(Engine):
+    """Weights that stay cut, with copies of these among groups of ranks where there are several.
+
+    A forward sends activations and no weight; a step sends scalars. Raises ValueError, on every rank, for a
+    layer whose layout is not equal runs at equal distances or that DeepSpeed does not describe, for a head
+    that keeps each rank's logits, and for copies that do not start with equal weights.
+    """
+
+    name = "deepspeed"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, next(module.parameters()).device)
+        named = {canonical_name(name): param for name, param in module.named_parameters()}
+        with self.jointly():
+            if any(getattr(layer, "is_vocab_parallel_lm_head", False) for layer in module.modules()):
+                raise ValueError(
+                    "AutoTP left each rank the logits of a part of the vocabulary, and losses need all of "
+                    "them: set tensor_parallel.vocab_parallel_lm_head to false"
+                )
+            self._group = _group_of(module)
+            at = dist.get_rank(self._group)
+            self._pieces = {name: _piece(name, param, at) for name, param in named.items() if _is_cut(param)}
+            for name, param in named.items():
+                require_contiguous(name, param.detach())
+        self._take_rows_with(dist.get_process_group_ranks(self._group))
+        weights = {name: param.detach() for name, param in named.items()}
+        self.compare_pieces(weights, {name: at if name in self._pieces else 0 for name in named})
+
+    def shape_of(self, param: nn.Parameter) -> torch.Size:
+        return torch.Size(_layout(param)["logical_shape"]) if _is_cut(param) else param.shape
+
+    def piece_of(self, name: str, param: nn.Parameter) -> Piece | None:
+        return self._pieces.get(name)
+
+    def _span(self, param: Param) -> Span:
+        return span_in(self._pieces.get(param.name), param.name, param.param.detach())
+
+    @contextmanager
+    def whole(self, param: Param) -> Iterator[Tensor]:
+        if param.name not in self._pieces:
+            yield param.param.detach()
+            return
+        span = self._span(param)
+        whole = torch.zeros(param.shape, dtype=span.flat.dtype, device=span.flat.device)
+        if span.numel:
+            width, stride = span.runs or (span.numel, 1)
+            place = whole.view(-1).as_strided((span.numel // width, width), (stride, 1), span.offset)
+            place.copy_(span.flat.view_as(place))
+        # Of every byte one rank has the value, and the others 0: a sum that keeps all bits.
+        dist.all_reduce(whole.view(torch.uint8), group=self._group)
+        yield whole
+
+
+def _is_cut(param: nn.Parameter) -> bool:
+    return bool(getattr(param, "tensor_model_parallel", False))
+
+
+def _group_of(module: nn.Module) -> dist.ProcessGroup:
+    """The ranks over which layers are cut, this one among them."""
+    cutting = (m for m in module.modules() if any(_is_cut(p) for p in m.parameters(recurse=False)))
+    group: dist.ProcessGroup = next(cutting).mp_group  # type: ignore[assignment]
+    return group
+
+
+def _layout(param: nn.Parameter) -> dict[str, Any]:
+    from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
+
+    layout: dict[str, Any] = getattr(param, DS_AUTOTP_UC_META, {})
+    return layout
+
+
+def _piece(name: str, param: nn.Parameter, at: int) -> Piece:
+    """What rank `at` of a group has of a weight. `widths`: of each block that is cut by itself, its parts."""
+    layout = _layout(param)
+    widths = layout.get("sub_param_shard_widths") or [layout.get("partition_sizes")]
+    piece = None
+    if layout.get("partition_dim") is not None and widths[0]:
+        whole = torch.Size(layout["logical_shape"])
+        index, start, mine = [torch.arange(size) for size in whole], 0, list[Tensor]()
+        for parts in widths:
+            mine.append(torch.arange(start + sum(parts[:at]), start + sum(parts[: at + 1])))
+            start += sum(parts)
+        index[layout["partition_dim"]] = torch.cat(mine)
+        piece = piece_at(whole, index)
+    if piece is None or piece.shape != param.shape:
+        raise ValueError(
+            f"AutoTP cut parameter {name} into pieces that are not equal runs at equal distances, or that it "
+            "does not describe; leave its layer whole (tensor_parallel.partition_config), or cut the model "
+            "by torch's parallelize_module or transformers' plan"
+        )
+    return piece
