@@ -9,10 +9,7 @@ from pathlib import Path
 
 import torch
 
-from zo_dist.memory import proc_status
-
-# mallopt(3)
-_M_MMAP_THRESHOLD = -3
+from zo_dist.memory import M_MMAP_THRESHOLD, proc_status
 
 
 def settled() -> None:
@@ -27,7 +24,7 @@ def map_each_tensor() -> None:
     Else glibc keeps what is freed in one heap, where pieces of other sizes leave holes: at 256 tokens up to a
     fifth of a step's peak, by the order in which sizes came. A GPU's peak has no holes either.
     """
-    ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def resident_bytes() -> int:

@@ -1,12 +1,30 @@
-"""How much memory this process needed so far."""
+"""How much memory this process needed so far, and what of it the C library keeps."""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import platform
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+# mallopt(3), and the highest threshold there is for memory of its own.
+_M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+_REUSED, _KEPT = 1 << 25, 1 << 28
+
+
+def keep_freed() -> None:
+    """Have glibc reuse what is freed of up to 32 MiB, and keep 256 MiB of it: where the CPU computes.
+
+    Else it gives activations back to the system and gets them again page by page, in each step anew: a sixth
+    of a step's time at 32 rows of 48 tokens and 135M weights. Another C library is left as it is.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, _REUSED)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 def peaks(device: torch.device) -> tuple[float, float]:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from zo_dist.memory import keep_freed
+
 T = TypeVar("T")
 
 _FIRST = "zo_dist/first"
@@ -26,12 +28,15 @@ def initialize_process_group(timeout_s: float = 7200.0) -> torch.device:
 
     Without a launcher this is one process and no group is made. CPU tensors go over gloo, GPU
     tensors over NCCL. A rank that hangs makes the others fail after `timeout_s`, not wait for ever; where one
-    dies the launcher ends them at once. It is long because they wait while rank 0 writes a whole model.
+    dies the launcher ends them at once. It is long because they wait while rank 0 writes a whole model. On
+    the CPU the C library is told to keep what is freed (`memory.keep_freed`).
     """
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed()
     if "RANK" in os.environ and not dist.is_initialized():
         backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
