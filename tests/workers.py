@@ -328,7 +328,7 @@ def wrap(engine: str, model: Any) -> Any:
         # Divides the rows of test_same_bits.py, as often as probes repeat them.
         return pipeline(model, num_micro_batches=11)
     if engine.startswith("autotp"):
-        return _auto_tp(model)
+        return auto_tp(model)
     if "tp_" in engine:
         return _tensor_parallel(engine, model)
     if engine.startswith(("fsdp2", "hsdp")):
@@ -351,7 +351,7 @@ def wrap(engine: str, model: Any) -> Any:
     return deepspeed_engine(model, ds_config(model, zero))
 
 
-def _auto_tp(model: Any, **settings: Any) -> Any:
+def auto_tp(model: Any, **settings: Any) -> Any:
     """By DeepSpeed, in two; ranks beyond hold replicas."""
     import torch
 

@@ -126,8 +126,8 @@ def _cut_by_plan(config: Config, hf_config: Any, num_ranks: int) -> nn.Module:
     if divided % cut:
         legal = [str(number) for number in range(1, divided + 1) if divided % number == 0]
         raise ValueError(
-            f"engine.tensor_ranks is {cut}; it must divide the number of ranks, {num_ranks}, and the model's "
-            f"of heads, {heads}: {', '.join(legal)}"
+            f"engine.tensor_ranks is {cut}; it must divide the number of ranks, {num_ranks}, and those of "
+            f"the model's heads, {heads}: {', '.join(legal)}"
         )
     distributed = DistributedConfig(tp_size=cut, fsdp_size=num_ranks // cut)
     return _trainable(config.model, distributed_config=distributed)

@@ -65,6 +65,8 @@ class Shifts:
         runs: Runs | None = None,
     ) -> None:
         """For each of one direction's probes, `flat` shifted; where in `name` it lies is as in a `Span`."""
+        if not flat.numel():
+            return
         noise = in_runs(self.noise, offset, runs)
         scales = [self.size(name, probe) for probe in probes]
         where = name, self.step, probes[0].direction, offset

@@ -20,9 +20,12 @@ from models import build, cut, loss_of, rows_for
 from reference import weight_tolerance
 from tiny_run import write_config
 from torch import Tensor, nn
-from workers import Pool, digest, launch, scratch_folder, whole_weights, wrap
+from workers import Pool, auto_tp, digest, launch, scratch_folder, whole_weights, wrap
 
 from zo_dist.checkpoint import save_model
+from zo_dist.engines import read_ds_config
+from zo_dist.engines.auto_tp import LAYOUT
+from zo_dist.engines.build import autotp_engine
 from zo_dist.engines.pieces import piece_of, span_in
 from zo_dist.params import Runs
 from zo_dist.planning.collectives import Counted
@@ -40,6 +43,7 @@ RUNS: list[Run] = [
     ("float32", "stochastic", "gaussian", "sgd", "module"),
     ("float32", "stochastic", "rademacher", "momentum", "shard"),
     ("bfloat16", "kahan", "gaussian", "momentum", "module"),
+    ("bfloat16", "stochastic", "flipout", "sgd", "module"),
 ]
 
 
@@ -119,6 +123,8 @@ def expected_bits(pool: PoolOf, kind: str) -> list[tuple[str, str]]:
         ("autotp", 2, "llama_in_two"),
         ("autotp", 2, "llama_tied"),
         ("autotp", 2, "opt"),
+        # The second rank has no head's keys and values.
+        ("autotp", 2, "llama"),
         ("autotp", 2, "llama_in_three"),
         ("autotp", 4, "qwen3_in_two"),
     ],
@@ -285,6 +291,20 @@ def head_in_parts() -> None:
     table.optimizer(initialize(model=build(KINDS[0]), config=config)[0])
 
 
+def column_head() -> None:
+    _in_columns(r".*lm_head\.weight$")
+
+
+def embeddings() -> None:
+    _in_columns(r".*embed_tokens\.weight$")
+
+
+def _in_columns(pattern: str) -> None:
+    columns = {"patterns": [pattern], "partition_type": "column"}
+    cuts = {"use_default_specs": False, "layer_specs": [columns]}
+    table.optimizer(auto_tp(build(KINDS[0]), partition_config=cuts))
+
+
 def at_stage_3() -> None:
     from deepspeed import initialize
 
@@ -296,6 +316,8 @@ def at_stage_3() -> None:
     ("made", "remedy"),
     [
         (head_in_parts, "set tensor_parallel.vocab_parallel_lm_head to false"),
+        (column_head, "gather_output of the head's partition_config"),
+        (embeddings, "take them out of tensor_parallel.partition_config"),
         (at_stage_3, "set the stage to 0"),
     ],
 )
@@ -303,6 +325,40 @@ def test_what_autotp_leaves_unclear_is_refused(pool: PoolOf, made: Callable[[], 
     for error in pool(2).errors(made):
         assert error.startswith("ValueError")
         assert remedy in error
+
+
+def frozen_norms() -> tuple[list[str], set[torch.dtype]]:
+    """What is trained of a model with frozen norms of queries and keys, and the dtypes of its buffers."""
+    model = build("qwen3_in_two")
+    for name, param in model.named_parameters():
+        param.requires_grad_("_norm" not in name)
+    read = {"bf16": {"enabled": True}, "tensor_parallel": {"autotp_size": 2}}
+    engine = autotp_engine(model, read_ds_config(read, hidden_size=16, micro_batch=1, num_ranks=2))
+    optimizer = table.optimizer(engine)
+    optimizer.step_batch(rows_for("qwen3_in_two", ROWS), loss_of)
+    assert {p.param.dtype for p in optimizer.params} == {torch.bfloat16}
+    return [p.name for p in optimizer.params], {b.dtype for b in model.buffers()}
+
+
+def test_autotp_leaves_frozen_weights_and_float32_buffers(pool: PoolOf) -> None:
+    whole = build("qwen3_in_two")
+    names = [name for name, _ in whole.named_parameters() if "_norm" not in name]
+    assert pool(2).run(frozen_norms) == [(names, {torch.float32})] * 2
+
+
+def unsupported() -> None:
+    auto_tp(build("gpt2"))
+
+
+def test_what_autotp_does_not_cut_is_refused(pool: PoolOf) -> None:
+    for error in pool(2).errors(unsupported):
+        assert error.startswith("ValueError: tensor_parallel.autotp_size is 2")
+        assert "GPT2LMHeadModel" in error
+
+
+def test_deepspeed_writes_where_it_cut_under_this_name() -> None:
+    constants = pytest.importorskip("deepspeed.checkpoint.constants")
+    assert constants.DS_AUTOTP_UC_META == LAYOUT
 
 
 # By command.
@@ -337,7 +393,7 @@ def test_a_run_by_command_is_that_of_one_process(tmp_path: Path, engine: dict[st
         (
             3,
             "llama",
-            "engine.tensor_ranks is 3; it must divide the number of ranks, 2, and the model's of heads",
+            "engine.tensor_ranks is 3; it must divide the number of ranks, 2, and those of",
         ),
         (2, "gpt2", "add `base_model_tp_plan`"),
     ],

@@ -1,7 +1,7 @@
 """Layers that DeepSpeed's AutoTP cut over ranks (`tensor_parallel.autotp_size`), at ZeRO stages 0 to 2.
 
-Where a weight was cut DeepSpeed writes on the parameter, for its universal checkpoints
-(module_inject/layers.py, `_set_param_uc_meta`).
+Where a weight was cut DeepSpeed writes on the parameter, for its universal checkpoints (0.19.8:
+module_inject/layers.py, `_set_param_uc_meta`; checkpoint/constants.py, `DS_AUTOTP_UC_META`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from zo_dist.engines.base import Engine
 from zo_dist.engines.pieces import piece_at, span_in
 from zo_dist.params import Param, Piece, Span, canonical_name, require_contiguous
 
+# Without an import of DeepSpeed: every model is asked for it.
+LAYOUT = "ds_autotp_universal_checkpoint_meta"
+
 
 def cuts_layers(module: nn.Module) -> bool:
     """Has AutoTP cut layers of this module?"""
@@ -28,8 +31,8 @@ class AutoTPEngine(Engine):
     """Weights that stay cut, with copies of these among groups of ranks where there are several.
 
     A forward sends activations and no weight; a step sends scalars. Raises ValueError, on every rank, for a
-    layer whose layout is not equal runs at equal distances or that DeepSpeed does not describe, for a head
-    that keeps each rank's logits, and for copies that do not start with equal weights.
+    layer whose layout is not equal runs at equal distances or that DeepSpeed does not describe, for cut
+    embeddings, for a head that keeps each rank's logits, and for copies that start with other weights.
     """
 
     name = "deepspeed"
@@ -38,11 +41,7 @@ class AutoTPEngine(Engine):
         super().__init__(module, next(module.parameters()).device)
         named = {canonical_name(name): param for name, param in module.named_parameters()}
         with self.jointly():
-            if any(getattr(layer, "is_vocab_parallel_lm_head", False) for layer in module.modules()):
-                raise ValueError(
-                    "AutoTP left each rank the logits of a part of the vocabulary, and losses need all of "
-                    "them: set tensor_parallel.vocab_parallel_lm_head to false"
-                )
+            _require_whole_ends(module)
             self._group = _group_of(module)
             at = dist.get_rank(self._group)
             self._pieces = {name: _piece(name, param, at) for name, param in named.items() if _is_cut(param)}
@@ -77,22 +76,37 @@ class AutoTPEngine(Engine):
         yield whole
 
 
+def _layout(param: nn.Parameter) -> dict[str, Any]:
+    return getattr(param, LAYOUT, {})
+
+
 def _is_cut(param: nn.Parameter) -> bool:
-    return bool(getattr(param, "tensor_model_parallel", False))
+    return _layout(param).get("partition_dim") is not None
+
+
+def _require_whole_ends(module: nn.Module) -> None:
+    """ValueError, with the remedy, unless embeddings are whole and the head gives all logits."""
+    for name, layer in module.named_modules():
+        if "Embedding" in type(layer).__name__ and any(map(_is_cut, layer.parameters(recurse=False))):
+            raise ValueError(
+                f"AutoTP cut the embeddings {canonical_name(name)}, which would be another arm than where "
+                "they are whole: take them out of tensor_parallel.partition_config"
+            )
+    find_head = getattr(module, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    weight, gathers = getattr(head, "weight", None), getattr(head, "gather_output", False)
+    if weight is not None and _layout(weight).get("partition_dim") == 0 and not gathers:
+        raise ValueError(
+            "AutoTP left each rank the logits of a part of the vocabulary, and losses need all of them: set "
+            "tensor_parallel.vocab_parallel_lm_head to false, or gather_output of the head's partition_config"
+        )
 
 
 def _group_of(module: nn.Module) -> dist.ProcessGroup:
     """The ranks over which layers are cut, this one among them."""
-    cutting = (m for m in module.modules() if any(_is_cut(p) for p in m.parameters(recurse=False)))
+    cutting = (m for m in module.modules() if any(map(_is_cut, m.parameters(recurse=False))))
     group: dist.ProcessGroup = next(cutting).mp_group  # type: ignore[assignment]
     return group
-
-
-def _layout(param: nn.Parameter) -> dict[str, Any]:
-    from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
-
-    layout: dict[str, Any] = getattr(param, DS_AUTOTP_UC_META, {})
-    return layout
 
 
 def _piece(name: str, param: nn.Parameter, at: int) -> Piece:
@@ -100,7 +114,7 @@ def _piece(name: str, param: nn.Parameter, at: int) -> Piece:
     layout = _layout(param)
     widths = layout.get("sub_param_shard_widths") or [layout.get("partition_sizes")]
     piece = None
-    if layout.get("partition_dim") is not None and widths[0]:
+    if widths[0]:
         whole = torch.Size(layout["logical_shape"])
         index, start, mine = [torch.arange(size) for size in whole], 0, list[Tensor]()
         for parts in widths:

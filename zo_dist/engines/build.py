@@ -196,10 +196,9 @@ def zero3_engine(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | Non
             _require_nvme(module, ds, dist.get_world_size(group))
     if not any(hasattr(param, "ds_id") for param in module.parameters()):
         rows = any(isinstance(param, DTensor) for param in module.parameters())
-        for param in () if rows or ds.dtype is None else module.parameters():
+        if not rows:
             # What is partitioned keeps its dtype, and `initialize` casts none of it.
-            if param.is_floating_point():
-                param.data = param.data.to(ds.dtype)
+            cast_parameters(module, ds.dtype)
         # Not left to `initialize`, whose buffers for NVMe are of another dtype on a CPU.
         init: Any = deepspeed.zero.Init(
             module=None if rows else module, data_parallel_group=group, config_dict_or_path=ds.config
@@ -213,13 +212,37 @@ def zero3_engine(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | Non
 
 
 def autotp_engine(module: nn.Module, ds: DsConfig) -> nn.Module:
-    """The DeepSpeed engine of `module`, whole on each rank, whose layers AutoTP cuts: no optimizer in it."""
+    """The DeepSpeed engine of `module`, whole on each rank, whose layers AutoTP cuts: no optimizer in it.
+
+    ValueError, on every rank, for what AutoTP does not cut.
+    """
     import deepspeed
 
     deepspeed.init_distributed()
-    engine: Any = deepspeed.initialize(model=module.to(ds.dtype), config=ds.config)[0]
+    cast_parameters(module, ds.dtype)
+    frozen = [name for name, param in module.named_parameters() if not param.requires_grad]
+    # It hangs hooks for gradients on some, which frozen parameters refuse.
+    module.requires_grad_()
+    try:
+        engine: Any = deepspeed.initialize(model=module, config=ds.config)[0]
+    except (AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"tensor_parallel.autotp_size is {ds.tensor_ranks}, but AutoTP does not cut "
+            f"{type(module).__name__}: {error}"
+        ) from error
+    # It compares the first inputs of ranks, as we do, but not all kinds of them.
+    engine.first_dataloader_check.remove()
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
     wrapped: nn.Module = engine
     return wrapped
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """As DeepSpeed does it, one by one, and no buffers: those of rotary positions stay in float32."""
+    for param in module.parameters() if dtype is not None else ():
+        if param.is_floating_point():
+            param.data = param.data.to(dtype)
 
 
 def _require_nvme(module: nn.Module, ds: DsConfig, num_shards: int) -> None:

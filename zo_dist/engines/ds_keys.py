@@ -76,10 +76,11 @@ ZERO_RENAMED = {
 OFFLOAD_DROPPED = {NVME_ONLY: "nvme_path buffer_count buffer_size max_in_cpu"}
 
 TENSOR_KEPT = """autotp_size tp tensor_parallel partition_config preset_model tp_overlap_comm
-    keep_module_on_host vocab_parallel_lm_head"""
+    vocab_parallel_lm_head"""
 TENSOR_DROPPED = {
     "zo_dist has its own losses": "vocab_parallel_ce_backend",
     "bf16.enabled and fp16.enabled decide it": "dtype",
+    "what ranks hold is on their device": "keep_module_on_host",
     "kernels are not replaced": "replace_with_kernel_inject kernel_inject injection_policy_tuple",
 }
 AUTOTP_AT_STAGE_3 = (

@@ -22,7 +22,13 @@ from transformers.trainer import SCHEDULER_NAME
 
 from zo_dist.checkpoint import gathered
 from zo_dist.engines import read_ds_config
-from zo_dist.engines.build import fsdp2_mesh, is_cpu_offload, shard_with_fsdp2, zero3_engine
+from zo_dist.engines.build import (
+    cast_parameters,
+    fsdp2_mesh,
+    is_cpu_offload,
+    shard_with_fsdp2,
+    zero3_engine,
+)
 from zo_dist.engines.select import computes_together
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.params import evaluating
@@ -196,7 +202,8 @@ class ZOTrainerMixin(_Trainer):  # type: ignore[misc]
             )
         if ds.stage == 3:
             return zero3_engine(model, ds)
-        return model.to(self.args.device, ds.dtype)
+        cast_parameters(model, ds.dtype)
+        return model.to(self.args.device)
 
     def _with_fsdp2(self, model: nn.Module) -> nn.Module:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
