@@ -143,7 +143,7 @@ class EngineConfig:
         elif self.kind == "pipeline":
             raise ValueError("micro_batches is null, but kind is pipeline; set it to some times the ranks")
         if self.tensor_ranks is not None:
-            _at_least(self, 1, "tensor_ranks")
+            _at_least(self, 2, "tensor_ranks")
             for key in ("shard_ranks", "offload_to_cpu", "compute_dtype"):
                 if getattr(self, key):
                     raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import platform
 from pathlib import Path
 from typing import Literal
@@ -19,9 +20,11 @@ def keep_freed() -> None:
     """Have glibc reuse what is freed of up to 32 MiB, and keep 256 MiB of it: where the CPU computes.
 
     Else it gives activations back to the system and gets them again page by page, in each step anew: a sixth
-    of a step's time at 32 rows of 48 tokens and 135M weights. Another C library is left as it is.
+    of a step's time at 32 rows of 48 tokens and 135M weights. Left as they are: another C library, and what
+    the environment sets (`MALLOC_MMAP_THRESHOLD_` and the like, `GLIBC_TUNABLES`).
     """
-    if platform.libc_ver()[0] == "glibc":
+    told = any(key.startswith("MALLOC_") for key in os.environ) or "GLIBC_TUNABLES" in os.environ
+    if platform.libc_ver()[0] == "glibc" and not told:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, _REUSED)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)

@@ -291,6 +291,18 @@ def head_in_parts() -> None:
     table.optimizer(initialize(model=build(KINDS[0]), config=config)[0])
 
 
+def tied_by_plan() -> None:
+    """What DeepSpeed's defaults make of a tied model."""
+    from deepspeed import initialize
+
+    config = {"train_batch_size": 2, "tensor_parallel": {"autotp_size": 2}}
+    table.optimizer(initialize(model=build("llama_tied"), config=config)[0])
+
+
+def nothing_to_cut() -> None:
+    _in_columns("no such layer")
+
+
 def column_head() -> None:
     _in_columns(r".*lm_head\.weight$")
 
@@ -316,6 +328,8 @@ def at_stage_3() -> None:
     ("made", "remedy"),
     [
         (head_in_parts, "set tensor_parallel.vocab_parallel_lm_head to false"),
+        (tied_by_plan, "set tensor_parallel.vocab_parallel_lm_head to false"),
+        (nothing_to_cut, "see the patterns of tensor_parallel.partition_config"),
         (column_head, "gather_output of the head's partition_config"),
         (embeddings, "take them out of tensor_parallel.partition_config"),
         (at_stage_3, "set the stage to 0"),

@@ -86,12 +86,6 @@ def _is_cut(param: nn.Parameter) -> bool:
 
 def _require_whole_ends(module: nn.Module) -> None:
     """ValueError, with the remedy, unless embeddings are whole and the head gives all logits."""
-    for name, layer in module.named_modules():
-        if "Embedding" in type(layer).__name__ and any(map(_is_cut, layer.parameters(recurse=False))):
-            raise ValueError(
-                f"AutoTP cut the embeddings {canonical_name(name)}, which would be another arm than where "
-                "they are whole: take them out of tensor_parallel.partition_config"
-            )
     find_head = getattr(module, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
     weight, gathers = getattr(head, "weight", None), getattr(head, "gather_output", False)
@@ -100,6 +94,12 @@ def _require_whole_ends(module: nn.Module) -> None:
             "AutoTP left each rank the logits of a part of the vocabulary, and losses need all of them: set "
             "tensor_parallel.vocab_parallel_lm_head to false, or gather_output of the head's partition_config"
         )
+    for name, layer in module.named_modules():
+        if "Embedding" in type(layer).__name__ and any(map(_is_cut, layer.parameters(recurse=False))):
+            raise ValueError(
+                f"AutoTP cut the embeddings {canonical_name(name)}, which would be another arm than where "
+                "they are whole: take them out of tensor_parallel.partition_config"
+            )
 
 
 def _group_of(module: nn.Module) -> dist.ProcessGroup:
@@ -124,7 +124,7 @@ def _piece(name: str, param: nn.Parameter, at: int) -> Piece:
         piece = piece_at(whole, index)
     if piece is None or piece.shape != param.shape:
         raise ValueError(
-            f"AutoTP cut parameter {name} into pieces that are not equal runs at equal distances, or that it "
+            f"AutoTP cut parameter {name} into pieces that are not equal runs of rows or columns, or that it "
             "does not describe; leave its layer whole (tensor_parallel.partition_config), or cut the model "
             "by torch's parallelize_module or transformers' plan"
         )

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
+from zo_dist.engines.auto_tp import cuts_layers
 from zo_dist.engines.base import Engine
 from zo_dist.engines.ds_config import DsConfig
 from zo_dist.params import find_layers, is_quantised
@@ -220,9 +221,10 @@ def autotp_engine(module: nn.Module, ds: DsConfig) -> nn.Module:
 
     deepspeed.init_distributed()
     cast_parameters(module, ds.dtype)
-    frozen = [name for name, param in module.named_parameters() if not param.requires_grad]
+    frozen = [n for n, p in module.named_parameters() if p.is_floating_point() and not p.requires_grad]
     # It hangs hooks for gradients on some, which frozen parameters refuse.
-    module.requires_grad_()
+    for name in frozen:
+        module.get_parameter(name).requires_grad_()
     try:
         engine: Any = deepspeed.initialize(model=module, config=ds.config)[0]
     except (AssertionError, NotImplementedError) as error:
@@ -230,8 +232,11 @@ def autotp_engine(module: nn.Module, ds: DsConfig) -> nn.Module:
             f"tensor_parallel.autotp_size is {ds.tensor_ranks}, but AutoTP does not cut "
             f"{type(module).__name__}: {error}"
         ) from error
-    # It compares the first inputs of ranks, as we do, but not all kinds of them.
-    engine.first_dataloader_check.remove()
+    if not cuts_layers(module):
+        raise ValueError(
+            f"tensor_parallel.autotp_size is {ds.tensor_ranks}, but AutoTP found no layer of "
+            f"{type(module).__name__} to cut: see the patterns of tensor_parallel.partition_config"
+        )
     for name in frozen:
         module.get_parameter(name).requires_grad_(False)
     wrapped: nn.Module = engine

@@ -81,7 +81,8 @@ TENSOR_DROPPED = {
     "zo_dist has its own losses": "vocab_parallel_ce_backend",
     "bf16.enabled and fp16.enabled decide it": "dtype",
     "what ranks hold is on their device": "keep_module_on_host",
-    "kernels are not replaced": "replace_with_kernel_inject kernel_inject injection_policy_tuple",
+    "kernels are not replaced": "replace_with_kernel_inject kernel_inject",
+    "DeepSpeed finds it itself": "injection_policy_tuple",
 }
 AUTOTP_AT_STAGE_3 = (
     "tensor_parallel.autotp_size cuts layers over ranks, and zero_optimization.stage 3 shards what is left: "
