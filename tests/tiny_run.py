@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import workers
 import yaml
@@ -90,6 +91,23 @@ def launch(args: list[str], ranks: int = 2, timeout: float = 240) -> subprocess.
     code = next((rank.returncode for rank in ended if rank.returncode), 0)
     texts = ("".join(rank.stdout for rank in ended), "".join(rank.stderr for rank in ended))
     return subprocess.CompletedProcess(args, code, *texts)
+
+
+def as_on_one_process(folder: Path, engine: dict[str, Any]) -> dict[str, Any]:
+    """The result of a run on two processes, whose losses before and after are those of a run on one."""
+    results = []
+    for ranks, of_ranks in ((1, {"kind": "replicated"}), (2, engine)):
+        place = folder / str(ranks)
+        place.mkdir()
+        done = launch(["train", str(write_config(place, engine=of_ranks))], ranks)
+        assert done.returncode == 0, done.stderr
+        (result,) = place.rglob("result.json")
+        results.append(json.loads(result.read_text()))
+    one, other = results
+    for key in ("loss_before", "loss_after"):
+        assert other[key] == pytest.approx(one[key], abs=1e-3)
+    assert one["loss_after"] != one["loss_before"]
+    return dict(other)
 
 
 def environment() -> dict[str, str]:

@@ -23,6 +23,7 @@ from zo_dist.engines.build import (
     autotp_engine,
     fsdp2_mesh,
     reading_shards,
+    require_divisor,
     require_process_group,
     shard_by_rows,
     shard_with_fsdp2,
@@ -123,12 +124,8 @@ def _cut_by_plan(config: Config, hf_config: Any, num_ranks: int) -> nn.Module:
     assert cut is not None
     heads = [getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
     divided = math.gcd(num_ranks, *(number for number in heads if number))
-    if divided % cut:
-        legal = [str(number) for number in range(1, divided + 1) if divided % number == 0]
-        raise ValueError(
-            f"engine.tensor_ranks is {cut}; it must divide the number of ranks, {num_ranks}, and those of "
-            f"the model's heads, {heads}: {', '.join(legal)}"
-        )
+    what = f"the number of ranks, {num_ranks}, and those of the model's heads, {heads}"
+    require_divisor("engine.tensor_ranks", cut, divided, what, "none")
     distributed = DistributedConfig(tp_size=cut, fsdp_size=num_ranks // cut)
     return _trainable(config.model, distributed_config=distributed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import torch
 import transformers
 from injected import Injected, remembered_noise
 from models import LENGTH, VOCAB, build, loss_of, rows_for
-from tiny_run import write_config
+from tiny_run import as_on_one_process
 from torch import Tensor, nn
-from workers import Pool, digest, launch, whole_weights
+from workers import Pool, digest, whole_weights
 
 import zo_dist
 from zo_dist.checkpoint import save_model
@@ -279,18 +278,5 @@ def test_wrong_use_is_refused_by_every_rank(pool: Callable[[int], Pool], what: s
 
 def test_a_run_by_command_is_that_of_one_process(tmp_path: Path) -> None:
     """With its evaluations, which flow in parts too."""
-    results = []
-    for engine in ({"kind": "replicated"}, {"kind": "pipeline", "micro_batches": 4}):
-        ranks = 1 if engine["kind"] == "replicated" else 2
-        folder = tmp_path / str(engine["kind"])
-        folder.mkdir()
-        config = write_config(folder, engine=engine)
-        for done in launch([["train", str(config)]] * ranks):
-            assert done.returncode == 0, done.stderr
-        (result,) = folder.rglob("result.json")
-        results.append(json.loads(result.read_text()))
-    one, other = results
+    other = as_on_one_process(tmp_path, {"kind": "pipeline", "micro_batches": 4})
     assert (other["engine"], other["ranks"]) == ("pipeline", 2)
-    for key in ("loss_before", "loss_after"):
-        assert other[key] == pytest.approx(one[key], abs=1e-3)
-    assert one["loss_after"] != one["loss_before"]

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from zo_dist.engines.base import Engine
-from zo_dist.engines.pieces import piece_at, span_in
-from zo_dist.params import Param, Piece, Span, canonical_name, require_contiguous
+from zo_dist.engines.pieces import piece_at
+from zo_dist.engines.tensor_parallel import CutEngine
+from zo_dist.params import Param, Piece, canonical_name
 
 # Without an import of DeepSpeed: every model is asked for it.
 LAYOUT = "ds_autotp_universal_checkpoint_meta"
@@ -27,12 +27,12 @@ def cuts_layers(module: nn.Module) -> bool:
     return any(_is_cut(param) for param in module.parameters())
 
 
-class AutoTPEngine(Engine):
-    """Weights that stay cut, with copies of these among groups of ranks where there are several.
+class AutoTPEngine(CutEngine):
+    """Layers that DeepSpeed cut.
 
-    A forward sends activations and no weight; a step sends scalars. Raises ValueError, on every rank, for a
-    layer whose layout is not equal runs at equal distances or that DeepSpeed does not describe, for cut
-    embeddings, for a head that keeps each rank's logits, and for copies that start with other weights.
+    Raises ValueError, on every rank, for a layer whose layout is not equal runs at equal distances or that
+    DeepSpeed does not describe, for cut embeddings, for a head that keeps each rank's logits, and for copies
+    that start with other weights.
     """
 
     name = "deepspeed"
@@ -45,20 +45,11 @@ class AutoTPEngine(Engine):
             self._group = _group_of(module)
             at = dist.get_rank(self._group)
             self._pieces = {name: _piece(name, param, at) for name, param in named.items() if _is_cut(param)}
-            for name, param in named.items():
-                require_contiguous(name, param.detach())
-        self._take_rows_with(dist.get_process_group_ranks(self._group))
-        weights = {name: param.detach() for name, param in named.items()}
-        self.compare_pieces(weights, {name: at if name in self._pieces else 0 for name in named})
+        places = {name: at if name in self._pieces else 0 for name in named}
+        self._take(named, dist.get_process_group_ranks(self._group), places)
 
     def shape_of(self, param: nn.Parameter) -> torch.Size:
         return torch.Size(_layout(param)["logical_shape"]) if _is_cut(param) else param.shape
-
-    def piece_of(self, name: str, param: nn.Parameter) -> Piece | None:
-        return self._pieces.get(name)
-
-    def _span(self, param: Param) -> Span:
-        return span_in(self._pieces.get(param.name), param.name, param.param.detach())
 
     @contextmanager
     def whole(self, param: Param) -> Iterator[Tensor]:

@@ -38,18 +38,19 @@ def fsdp2_mesh(device: torch.device, shard_ranks: int | None = None) -> DeviceMe
     num_ranks = dist.get_world_size()
     if shard_ranks is None or shard_ranks == num_ranks:
         return init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("shard",))
-    _require_divisor(shard_ranks, num_ranks)
+    require_divisor("engine.shard_ranks", shard_ranks, num_ranks, f"the number of ranks, {num_ranks}", "all")
     shape = (num_ranks // shard_ranks, shard_ranks)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _require_divisor(shard_ranks: int, num_ranks: int) -> None:
-    if num_ranks % shard_ranks:
-        legal = [str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0]
-        raise ValueError(
-            f"engine.shard_ranks is {shard_ranks}; it must divide the number of ranks, {num_ranks}: "
-            f"{', '.join(legal)}, or null for all"
-        )
+def require_divisor(key: str, value: int, number: int, what: str, null: str) -> None:
+    """ValueError, with the legal values of `key`, unless `value` divides `number`, which is called `what`.
+
+    `null`: what null is for.
+    """
+    if number % value:
+        legal = [str(n) for n in range(1, number + 1) if number % n == 0]
+        raise ValueError(f"{key} is {value}; it must divide {what}: {', '.join(legal)}, or null for {null}")
 
 
 def shard_with_fsdp2(
@@ -175,7 +176,7 @@ def zero3_group(shard_ranks: int | None) -> dist.ProcessGroup | None:
     num_ranks = dist.get_world_size()
     if shard_ranks is None or shard_ranks == num_ranks:
         return None
-    _require_divisor(shard_ranks, num_ranks)
+    require_divisor("engine.shard_ranks", shard_ranks, num_ranks, f"the number of ranks, {num_ranks}", "all")
     group: dist.ProcessGroup = dist.new_subgroups(shard_ranks)[0]  # type: ignore[no-untyped-call]
     return group
 
