@@ -3,7 +3,8 @@
 A test sends a module-level function and its arguments to every rank of a pool of 1 to 4 processes
 (gloo) and gets each rank's result back. The processes are forked from one server that has imported
 torch, transformers and DeepSpeed once. A call that does not come back in time, or after which the
-ranks are out of step, costs the pool its life and the test its success.
+ranks are out of step, costs the pool its life and the test its success. A pool whose ranks have gathered
+many process groups makes room for a new one.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ CALL_TIMEOUT_S = 120.0
 # Longer than any honest difference between ranks, once the first of them has raised.
 _GRACE_S = 20.0
 _START_TIMEOUT_S = 180.0
+# Of process groups that calls have left on a rank, each with three threads that wake 100 times a second.
+_MANY_GROUPS = 16
 
 HAVE_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAVE_DEEPSPEED, reason="deepspeed is not installed")
@@ -62,6 +65,7 @@ class Outcome:
     error: str = ""
     message: str = ""
     trace: str = ""
+    groups: int = 0
 
 
 class Pool:
@@ -78,6 +82,8 @@ class Pool:
         if failed:
             self.stop()
             pytest.fail("\n".join(f"rank {o.rank} of {self.num_ranks}:\n{o.trace}" for o in failed), False)
+        if max(o.groups for o in outcomes) > _MANY_GROUPS:
+            self.stop()
         return [o.value for o in outcomes]
 
     def errors(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[str]:
@@ -248,6 +254,7 @@ def _command(args: list[str], place: tuple[int, int, int], folder: str) -> None:
 
 def _serve(rank: int, num_ranks: int, port: int, pipe: Any) -> None:
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
 
     _become(rank, num_ranks, port)
     sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
@@ -259,9 +266,18 @@ def _serve(rank: int, num_ranks: int, port: int, pipe: Any) -> None:
         except EOFError:
             os._exit(0)
         try:
-            pipe.send((function(*args), "", "", ""))
+            pipe.send((function(*args), "", "", "", len(_world.pg_map)))
         except Exception as error:
-            pipe.send((None, type(error).__name__, str(error), traceback.format_exc()))
+            pipe.send((None, type(error).__name__, str(error), traceback.format_exc(), len(_world.pg_map)))
+        if HAVE_DEEPSPEED:
+            _forget_groups()
+
+
+def _forget_groups() -> None:
+    """DeepSpeed keeps the groups of the first AutoTP engine for all engines of a process after it."""
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
 
 
 def _in_step() -> bool:
@@ -333,7 +349,6 @@ def wrap(engine: str, model: Any) -> Any:
         return _tensor_parallel(engine, model)
     if engine.startswith(("fsdp2", "hsdp")):
         return _fully_shard(engine, model)
-    _forget_tensor_groups()
     if engine == "zero3_init":
         return _through_zero_init(model)
     if engine == "zero2":  # DeepSpeed builds it with an optimizer only; a user may have one
@@ -362,14 +377,6 @@ def auto_tp(model: Any, **settings: Any) -> Any:
     dtype, ranks = next(model.parameters()).dtype, torch.distributed.get_world_size()
     ds = read_ds_config(source, hidden_size=16, micro_batch=1, num_ranks=ranks, dtype=dtype)
     return autotp_engine(model, ds)
-
-
-def _forget_tensor_groups() -> None:
-    """DeepSpeed keeps those of the first AutoTP engine for all engines of a process after it."""
-    from deepspeed.utils import groups
-
-    if groups.mesh_device is not None:
-        groups._release_process_group_references()
 
 
 def _tensor_parallel(engine: str, model: Any) -> Any:

@@ -357,6 +357,15 @@ def test_autotp_leaves_frozen_weights_and_float32_buffers(pool: PoolOf) -> None:
     assert pool(2).run(frozen_norms) == [(names, {torch.float32})] * 2
 
 
+def engine_of(kind: str) -> str:
+    return type(wrap(kind, build("llama"))).__name__
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero3"])
+def test_ranks_forget_an_autotp_engine(pool: PoolOf, engine: str) -> None:
+    assert pool(2).run(engine_of, "autotp") == pool(2).run(engine_of, engine) == ["DeepSpeedEngine"] * 2
+
+
 def unsupported() -> None:
     auto_tp(build("gpt2"))
 
