@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from planned import EITHER_WAY, config_of, wide_llama
-from workers import Pool
+from workers import HAVE_DEEPSPEED, Pool, needs_deepspeed
 
 from zo_dist.cli import main
 from zo_dist.planning.dry_run import Stepped, dry_run
 from zo_dist.planning.hardware import parse_cluster
-from zo_dist.planning.plan import make_plan
+from zo_dist.planning.plan import Plan, make_plan
 
 LENGTH = 64
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -26,12 +26,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def stepped(ranks: int, rows: int = 4, **settings: Any) -> list[Stepped]:
+def plan_of(ranks: int, rows: int = 4, kinds: tuple[str, ...] = (), **settings: Any) -> Plan:
     config = config_of(rows=rows * ranks, **settings)
     cluster = parse_cluster(f"{ranks}xA100-40G")
-    engines = {"fsdp2": False} if config.engine.kind == "fsdp2" else None
-    plan = make_plan(config, wide_llama(2), cluster, length=LENGTH, engines=engines)
-    found = list(dry_run(config, wide_llama(2), plan.modes, ranks, LENGTH, 1))
+    if config.engine.kind == "fsdp2":
+        kinds = ("fsdp2",)
+    engines = dict.fromkeys(kinds, False) or None
+    return make_plan(config, wide_llama(2), cluster, length=LENGTH, engines=engines)
+
+
+def stepped(*args: Any, **settings: Any) -> list[Stepped]:
+    found = list(dry_run(plan_of(*args, **settings), wide_llama(2)))
     assert not dist.is_initialized()
     return found
 
@@ -41,20 +46,31 @@ def test_a_step_does_what_is_planned(settings: str) -> None:
     """Bytes and collectives exactly, and memory too: both follow every storage of the same forward."""
     found = stepped(16 if settings == "dense" else 4, **SETTINGS[settings])
     gathered = {each.planned.name: each.traffic["elements"] for each in found}
-    assert ("FSDP2, HSDP 2 x 8" in gathered) == (settings == "dense")
-    assert gathered.pop("replicated", 0) == 0 < gathered["FSDP2"]
+    sharded = ["FSDP2", "ZeRO-3"] if HAVE_DEEPSPEED and settings != "cast" else ["FSDP2"]
+    for name in sharded:
+        assert (f"{name}, HSDP 2 x 8" in gathered) == (settings == "dense")
+        assert gathered[name] > 0
+    assert gathered.get("replicated", 0) == 0
     for each in found:
         assert each.differing == {}
         # By 3% where a probe of the plan has more rows than any of rank 0's.
         assert each.bytes == pytest.approx(each.planned_bytes, rel=0.03)
 
 
-@pytest.mark.parametrize("ranks", [2, 1024])
-def test_any_number_of_ranks(ranks: int) -> None:
-    found = stepped(ranks, rows=1, perturb="module")
+@pytest.mark.parametrize(
+    ("ranks", "kinds"),
+    [
+        (2, ("replicated", "fsdp2", "zero3")),
+        # ZeRO-3 takes what it gathers apart by rank, 50,000 pieces here.
+        (1024, ("replicated", "fsdp2")),
+        pytest.param(64, ("zero3",), marks=needs_deepspeed),
+    ],
+)
+def test_any_number_of_ranks(ranks: int, kinds: tuple[str, ...]) -> None:
+    found = stepped(ranks, rows=1, kinds=kinds, perturb="module")
     for each in found:
         assert each.differing == {}, each.planned.name
-        if each.planned.mode.engine == "fsdp2":
+        if each.planned.mode.engine != "replicated":
             assert each.traffic["elements"] == pytest.approx(each.traffic["put_in"] * each.planned.mode.ranks)
 
 
@@ -75,15 +91,18 @@ def test_what_is_not_as_planned_is_told() -> None:
 PLAN = ["plan", "smollm2-135m", "--gpus", "8xA100-40G", "--dry-run", "optimizer.perturb=module"]
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    main([*PLAN, "--engine", "fsdp2", "--length", "32", "--json", "train.rows=8"])
+@pytest.mark.parametrize(
+    ("engine", "gathers"), [("fsdp2", 31), pytest.param("zero3", 152, marks=needs_deepspeed)]
+)
+def test_the_command(engine: str, gathers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*PLAN, "--engine", engine, "--length", "32", "--json", "train.rows=8"])
     told = json.loads(capsys.readouterr().out)
     (of_run,) = told["dry_run"]
     (mode,) = told["modes"]
     assert of_run["traffic"].items() <= mode["traffic"].items()
-    assert of_run["traffic"]["gathers"] == 31
+    assert of_run["traffic"]["gathers"] == gathers
     assert of_run["differing"] == {}
-    main([*PLAN, "--engine", "fsdp2", "--length", "32", "train.rows=8"])
+    main([*PLAN, "--engine", engine, "--length", "32", "train.rows=8"])
     assert "Dry run" in capsys.readouterr().out
 
 
@@ -91,7 +110,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("more", "told"),
     [
         (["train.rows=12"], "train.rows=16"),
-        (["--engine", "zero3", "train.rows=8"], "nothing to run"),
+        (["--engine", "zero3", "--offload", "train.rows=8"], "nothing to run"),
     ],
 )
 def test_what_cannot_be_run_is_refused(
@@ -106,15 +125,15 @@ def test_what_cannot_be_run_is_refused(
     [({"scale": {"name": "learned", "path": "s"}}, "values"), ({"projection": {"every": 5}}, "searches")],
 )
 def test_what_a_step_does_not_show_is_refused(options: dict[str, Any], words: str) -> None:
-    config = config_of(rows=2, **options)
+    config = dataclasses.replace(plan_of(2).config, optimizer=config_of(rows=2, **options).optimizer)
     with pytest.raises(ValueError, match=words):
-        list(dry_run(config, wide_llama(2), (), 2, LENGTH, 1))
+        list(dry_run(dataclasses.replace(plan_of(2), config=config), wide_llama(2)))
 
 
-def in_a_group() -> list[Stepped]:
-    return list(dry_run(config_of(rows=2), wide_llama(2), (), 2, LENGTH, 1))
+def in_a_group(plan: Plan) -> list[Stepped]:
+    return list(dry_run(plan, wide_llama(2)))
 
 
 def test_it_wants_no_process_group(pool: Callable[[int], Pool]) -> None:
-    for error in pool(2).errors(in_a_group):
+    for error in pool(2).errors(in_a_group, plan_of(2)):
         assert "without torchrun" in error

@@ -207,7 +207,8 @@ def zero3_engine(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | Non
         )
         if rows:
             _partition_rows(module, init)
-        module.to(init.local_device)  # buffers
+        if any(buffer.device != init.local_device for buffer in module.buffers()):
+            module.to(init.local_device)
     engine: Any = deepspeed.initialize(model=module, config=ds.config)[0]
     wrapped: nn.Module = engine
     return wrapped

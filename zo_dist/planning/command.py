@@ -116,7 +116,7 @@ def run_plan(args: argparse.Namespace) -> None:
         show(plan, console)
     if args.dry_run:
         with _quietly():
-            stepped += dry_run(config, shape, plan.modes, cluster.count, length, args.answer)
+            stepped += dry_run(plan, shape)
         if not args.json:
             show_stepped(stepped, console)
     if args.json:

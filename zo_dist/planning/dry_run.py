@@ -1,17 +1,19 @@
 """A step of the real code without values, as one of up to thousands of ranks: what plan computes, counted.
 
-The engine, FSDP2 and `ZeroOrder.step_batch` run as they do in training. Weights are fake tensors, which have
-a shape and a storage that occupies nothing; collectives go to torch's fake process group, where this process
-is rank 0 and no other exists.
+The engine, FSDP2, DeepSpeed and `ZeroOrder.step_batch` run as they do in training. Weights are fake tensors,
+which have a shape and a storage that occupies nothing; collectives go to torch's fake process group, where
+this process is rank 0 and no other exists.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +25,15 @@ from transformers import PretrainedConfig
 
 from zo_dist import kernels
 from zo_dist.batches import rows_of_rank
-from zo_dist.config import Config
 from zo_dist.engines import Engine
-from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2
+from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2, zero3_engine, zero3_group
 from zo_dist.methods import DenseConfig
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.params import frozen_params
 from zo_dist.planning.collectives import Counted, split
 from zo_dist.planning.formulas import Mode
 from zo_dist.planning.meta import Rows, Tracer, batch_of, without_values
-from zo_dist.planning.plan import Planned, optimizer_of, unfilled
+from zo_dist.planning.plan import Plan, Planned, optimizer_of, unfilled
 from zo_dist.state import tensors_of
 
 # Of memory, beside what is planned.
@@ -81,17 +82,17 @@ class Stepped:
         }
 
 
-def dry_run(
-    config: Config, shape: PretrainedConfig, planned: Sequence[Planned], count: int, length: int, answer: int
-) -> Iterator[Stepped]:
-    """One step of each mode that was planned, as one of `count` ranks; with every arm drawn in `module` mode.
+def dry_run(plan: Plan, shape: PretrainedConfig) -> Iterator[Stepped]:
+    """One step of each mode that was planned, as rank 0; with every arm drawn in `module` mode.
 
-    Of replicated weights and FSDP2 (1-D and HSDP) on the GPU: DeepSpeed wants weights that are there, and
-    FSDP2's copies from the host are made where there is a GPU alone; these modes are passed over. ValueError
-    where a process group exists, where ranks would have different numbers of rows (there is but one rank to
-    count them), for a projection, and for a learned scale, which is a function of the weights' values. Cost:
-    some 2 ms for each module that the step runs.
+    Of replicated weights, FSDP2 and ZeRO-3 (over all ranks or in groups) on the GPU: copies from the host are
+    made where there is a GPU alone, so offloaded modes are passed over, and ZeRO-3 where DeepSpeed is not
+    installed. ValueError where a process group exists, where ranks would have different numbers of rows (one
+    rank stands for all), for a projection, and for a learned scale, which is a function of the weights'
+    values. Cost: some 2 ms for each module that the step runs; under ZeRO-3 for twice as many, and
+    .5 ms for each weight and rank: it takes apart what it gathers.
     """
+    config, count = plan.config, plan.cluster.count
     if dist.is_initialized():
         raise ValueError("--dry-run stands for all ranks by itself: start it without torchrun or deepspeed")
     if config.train.rows % count:
@@ -103,21 +104,21 @@ def dry_run(
         raise ValueError("optimizer.projection is set, whose searches --dry-run does not step: leave it out")
     if config.optimizer.scale.name == "learned":
         raise ValueError("optimizer.scale is learned: it follows the weights' values, which --dry-run lacks")
-    runs = [p for p in planned if p.memory and p.mode.engine != "zero3" and not p.mode.offload]
+    legal = ["replicated", "fsdp2", *(["zero3"] if importlib.util.find_spec("deepspeed") else [])]
+    runs = [p for p in plan.modes if p.memory and p.mode.engine in legal and not p.mode.offload]
     if not runs:
-        raise ValueError("--dry-run has nothing to run: it runs replicated weights and FSDP2, not offloaded")
+        raise ValueError(f"--dry-run has nothing to run: it runs {', '.join(legal)}, not offloaded")
     for each in runs:
-        with _fake_ranks(count):
-            stepped = _stepped(config, shape, each, count, length, answer)
+        with _fake_ranks(count), _deepspeed_alone() if each.mode.engine == "zero3" else nullcontext():
+            stepped = _stepped(plan, shape, each)
         yield stepped
 
 
-def _stepped(
-    config: Config, shape: PretrainedConfig, planned: Planned, count: int, length: int, answer: int
-) -> Stepped:
+def _stepped(plan: Plan, shape: PretrainedConfig, planned: Planned) -> Stepped:
     start = time.perf_counter()
+    config, count = plan.config, plan.cluster.count
     mode, fake = planned.mode, FakeTensorMode(allow_non_fake_inputs=True)
-    model = _model(config, shape, mode, count, fake)
+    model = _model(plan, shape, mode, fake)
     if mode.perturb == "module":
         # The forward that a plan's memory is of.
         settings = dataclasses.replace(config.optimizer, sampler=DenseConfig())
@@ -126,13 +127,14 @@ def _stepped(
     first, last = rows_of_rank(0, count, config.train.rows)
     micro = config.train.micro_rows or last - first
     with fake:
-        batch, loss = batch_of(Rows(last - first, length, answer, first, config.train.rows), _CPU)
+        rows = Rows(last - first, plan.facts["length"], plan.facts["answer"], first, config.train.rows)
+        batch, loss = batch_of(rows, _CPU)
     batches = [{k: t[at : at + micro] for k, t in batch.items()} for at in range(first, last, micro)]
     held = _held(optimizer)
     peak = Peak([*held, *batch.values()], shape.get_text_config().vocab_size)
     without_values(optimizer.noise, peak)
-    # With an anchor, a step after the anchor's own.
-    steps = 2 if optimizer.anchor.every else 1
+    # With an anchor, a step after the anchor's own; under ZeRO-3 one after that from which it learns.
+    steps = (2 if optimizer.anchor.every else 1) + (1 if mode.engine == "zero3" else 0)
 
     def row_loss(model: nn.Module, some: Mapping[str, Tensor]) -> Tensor:
         with peak.watched(), fake:
@@ -161,19 +163,19 @@ def _stepped(
     )
 
 
-def _model(
-    config: Config, shape: PretrainedConfig, mode: Mode, count: int, fake: FakeTensorMode
-) -> nn.Module:
+def _model(plan: Plan, shape: PretrainedConfig, mode: Mode, fake: FakeTensorMode) -> nn.Module:
+    config = plan.config
     model = unfilled(config, shape, config.model.torch_dtype)
-    # It asks the group for its ranks by real numbers.
-    mesh = None if mode.engine == "replicated" else fsdp2_mesh(_CPU, mode.ranks)
+    # They ask the process group for their ranks by real numbers.
+    mesh = fsdp2_mesh(_CPU, mode.ranks) if mode.engine == "fsdp2" else None
+    group = zero3_group(mode.ranks) if mode.engine == "zero3" else None
     with fake:
         model = model.to_empty(device=_CPU)
         # Emptied one by one.
         model.tie_weights()  # type: ignore[operator]
-        if mesh is None:
-            return model
-        return shard_with_fsdp2(model, mesh, compute_dtype=config.engine.torch_compute_dtype)
+        if mesh is not None:
+            return shard_with_fsdp2(model, mesh, compute_dtype=config.engine.torch_compute_dtype)
+        return zero3_engine(model, plan.ds, group) if mode.engine == "zero3" else model
 
 
 def _held(optimizer: ZeroOrder) -> list[Tensor]:
@@ -239,3 +241,35 @@ def _fake_ranks(count: int) -> Iterator[None]:
         kernels.PART, kernels.HELD = part, held
         Engine.compare_copies = compare  # type: ignore[method-assign]
         dist.destroy_process_group()
+
+
+@contextmanager
+def _deepspeed_alone() -> Iterator[None]:
+    """Inside `_fake_ranks`: DeepSpeed on the CPU, without a launcher or its operator for CPU ranks."""
+    theirs = {key: os.environ.get(key) for key in ("DS_ACCELERATOR", "LOCAL_RANK")}
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import groups
+
+    # An attribute of that name is torch.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    coordinator: Any = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    device, build = get_accelerator().device_name(), backend.build_shm_op
+    same = coordinator.assert_ints_same_as_other_ranks
+    backend.build_shm_op = lambda: None
+    # Of the order of modules, by numbers, which fake tensors do not have.
+    coordinator.assert_ints_same_as_other_ranks = lambda numbers: None
+    try:
+        if device != "cpu":
+            raise ValueError(
+                f"DeepSpeed runs on {device} in this process: --dry-run wants DS_ACCELERATOR=cpu"
+            )
+        yield
+    finally:
+        backend.build_shm_op = build
+        coordinator.assert_ints_same_as_other_ranks = same
+        groups._release_process_group_references()
+        for key, value in theirs.items():
+            os.environ.pop(key)
+            if value is not None:
+                os.environ[key] = value

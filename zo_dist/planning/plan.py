@@ -48,10 +48,14 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What `make_plan` returns. `facts`: of the model and its rows; `assumed`: what the figures rest on."""
+    """What `make_plan` returns.
+
+    `ds`: what ZeRO-3 is planned with; `facts`: of the model and its rows; `assumed`: what figures rest on.
+    """
 
     config: Config
     cluster: Cluster
+    ds: DsConfig
     facts: dict[str, Any]
     modes: tuple[Planned, ...]
     assumed: tuple[str, ...]
@@ -143,6 +147,7 @@ def make_plan(
     return Plan(
         config=config,
         cluster=cluster,
+        ds=ds,
         facts=subject.facts,
         modes=tuple(planned),
         assumed=_assumed(cluster, subject, length, answer),
