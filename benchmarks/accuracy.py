@@ -11,6 +11,7 @@ came to the test cross-entropy that MeZO as published ended with, if that ran.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -61,8 +62,21 @@ METHODS = {
     "quickstart:momentum": ["optimizer.rule={name: momentum}", "optimizer.lr=5e-4"],
     "quickstart:adam": ["optimizer.rule={name: adam}", "optimizer.lr=1e-2"],
 }
+FOUR = [*ALL_WEIGHTS, "optimizer.directions=4"]
+# All weights in 4 directions, the arms drawn by each sampler. The mean update is 2e-5 of the gradient: LeZO's is
+# a quarter of its rate, that of AdaLeZO as published .7 or so, all others are without bias.
+METHODS |= {
+    f"sampler:{name}": [*FOUR, f"optimizer.lr={lr}", f"optimizer.sampler={{{sampler}}}"]
+    for name, lr, sampler in (
+        ("dense", 2e-5, "name: dense"),
+        ("uniform", 8e-5, "name: uniform, sparsity: 0.75"),
+        ("adalezo", 2.9e-5, "name: adalezo, ratio: 0.2"),
+        ("adalezo_both", 2e-5, "name: adalezo, ratio: 0.2, clip: .inf, weigh: both"),
+        ("fitted_adalezo", 2e-5, "name: fitted_adalezo"),
+    )
+}
 # What the table of the README has.
-USUAL = [name for name in METHODS if not name.startswith("quickstart:")]
+USUAL = [name for name in METHODS if not name.startswith(("quickstart:", "sampler:"))]
 
 
 class Run:
@@ -80,6 +94,9 @@ class Run:
                 f"data.test={arguments.test}",
             ],
         )
+        lr = config.optimizer.lr * arguments.lr_times
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=lr))
+        self._lr = lr
         self.prepared = prepare(config, engine)
         published = method == "mezo_published"
         self._max_steps = arguments.published_steps if published else float("inf")
@@ -107,7 +124,7 @@ class Run:
         engine = select(self.prepared.model)
         score = evaluate(engine, data.test, micro_rows=64, pad_id=data.pad_id, fast=data.fast)
         record = {"method": self.method, "seed": self.seed, "step": self.steps, "seconds": self.seconds}
-        record.update(score.metrics, loss=score.loss)
+        record.update(score.metrics, loss=score.loss, lr=self._lr)
         self.records.append(record)
         print(json.dumps(record), flush=True)
 
@@ -170,6 +187,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=USUAL)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=240.0, help="of steps, for each run of ours")
+    parser.add_argument("--lr-times", type=float, default=1.0, help="of each method's own rate")
     parser.add_argument("--published-steps", type=int, default=200)
     parser.add_argument("--test", type=int, default=500, help="test sentences per score")
     parser.add_argument("--eval-seconds", type=float, default=20.0, help="of steps, between scores")
