@@ -63,8 +63,8 @@ METHODS = {
     "quickstart:adam": ["optimizer.rule={name: adam}", "optimizer.lr=1e-2"],
 }
 FOUR = [*ALL_WEIGHTS, "optimizer.directions=4"]
-# All weights in 4 directions, the arms drawn by each sampler. The mean update is 2e-5 of the gradient: LeZO's is
-# a quarter of its rate, that of AdaLeZO as published .7 or so, all others are without bias.
+# All weights in 4 directions, the arms drawn by each sampler. The mean update is 2e-5 of the gradient: LeZO's
+# is a quarter of its rate, that of AdaLeZO as published .7 or so, all others are without bias.
 METHODS |= {
     f"sampler:{name}": [*FOUR, f"optimizer.lr={lr}", f"optimizer.sampler={{{sampler}}}"]
     for name, lr, sampler in (
