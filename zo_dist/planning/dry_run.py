@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -229,47 +230,37 @@ def _fake_ranks(count: int) -> Iterator[None]:
     from torch.distributed._tools import fake_collectives  # noqa: F401  (collectives of fake tensors)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    compare, part, held = Engine.compare_copies, kernels.PART, kernels.HELD
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)  # type: ignore[no-untyped-call,unused-ignore]
-    # Weights without values have copies without values.
-    Engine.compare_copies = lambda self, pieces, holders: None  # type: ignore[method-assign]
-    # It stands for GPUs, on which linear layers are shifted in larger pieces.
-    kernels.PART, kernels.HELD = kernels.GPU_PART, kernels.GPU_HELD
+    # Weights without values have copies without values; and it stands for GPUs, on which linear layers are
+    # shifted in larger pieces.
+    uncompared = patch.object(Engine, "compare_copies", lambda self, pieces, holders: None)
     try:
-        yield
+        with uncompared, patch.multiple(kernels, PART=kernels.GPU_PART, HELD=kernels.GPU_HELD):
+            yield
     finally:
-        kernels.PART, kernels.HELD = part, held
-        Engine.compare_copies = compare  # type: ignore[method-assign]
         dist.destroy_process_group()
 
 
 @contextmanager
 def _deepspeed_alone() -> Iterator[None]:
     """Inside `_fake_ranks`: DeepSpeed on the CPU, without a launcher or its operator for CPU ranks."""
-    theirs = {key: os.environ.get(key) for key in ("DS_ACCELERATOR", "LOCAL_RANK")}
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.utils import groups
+    with patch.dict(os.environ, DS_ACCELERATOR="cpu", LOCAL_RANK="0"):
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.utils import groups
 
-    # An attribute of that name is torch.
-    backend: Any = importlib.import_module("deepspeed.comm.torch")
-    coordinator: Any = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
-    device, build = get_accelerator().device_name(), backend.build_shm_op
-    same = coordinator.assert_ints_same_as_other_ranks
-    backend.build_shm_op = lambda: None
-    # Of the order of modules, by numbers, which fake tensors do not have.
-    coordinator.assert_ints_same_as_other_ranks = lambda numbers: None
-    try:
+        device = get_accelerator().device_name()
         if device != "cpu":
             raise ValueError(
                 f"DeepSpeed runs on {device} in this process: --dry-run wants DS_ACCELERATOR=cpu"
             )
-        yield
-    finally:
-        backend.build_shm_op = build
-        coordinator.assert_ints_same_as_other_ranks = same
-        groups._release_process_group_references()
-        for key, value in theirs.items():
-            os.environ.pop(key)
-            if value is not None:
-                os.environ[key] = value
+        # It compares the order of modules by numbers, which fake tensors do not have.
+        coordinator = "deepspeed.runtime.zero.partitioned_param_coordinator"
+        uncompared = patch(f"{coordinator}.assert_ints_same_as_other_ranks", lambda numbers: None)
+        # By name it would be found in torch itself.
+        backend = importlib.import_module("deepspeed.comm.torch")
+        try:
+            with uncompared, patch.object(backend, "build_shm_op", lambda: None):
+                yield
+        finally:
+            # Of the group that goes.
+            groups._WORLD_GROUP = None
