@@ -170,7 +170,11 @@ def test_written_out_config_reads_back_equal(path: Path, tmp_path: Path) -> None
         ),
         (
             "engine={kind: fsdp2, tensor_ranks: 2, shard_ranks: 2}",
-            ["engine.shard_ranks is 2", "tensor_ranks is 2", "one of them to null"],
+            ["engine.shard_ranks is 2", "tensor_ranks is 2", "or shard_ranks to null"],
+        ),
+        (
+            "engine={kind: fsdp2, tensor_ranks: 2, offload_to_cpu: true}",
+            ["engine.offload_to_cpu is True", "tensor_ranks to null, or offload_to_cpu to false"],
         ),
         ("engine={kind: fsdp2, tensor_ranks: 1}", ["engine.tensor_ranks is 1", "at least 2"]),
         ("engine.tensor_ranks=2", ["engine.tensor_ranks is 2", "kind to fsdp2", "autotp_size"]),

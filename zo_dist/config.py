@@ -53,6 +53,10 @@ _KEYS_OF_SOME: dict[str, tuple[tuple[str, ...], object, str]] = {
 }
 
 
+def _off(key: str) -> str:
+    return "null" if _KEYS_OF_SOME[key][1] is None else "false"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Which weights, in which dtype, and which of them are trained.
@@ -148,15 +152,15 @@ class EngineConfig:
                 if getattr(self, key):
                     raise ValueError(
                         f"{key} is {getattr(self, key)}, but tensor_ranks is {self.tensor_ranks}: by that "
-                        "transformers shards the model, which does not heed it; set one of them to null"
+                        "transformers shards the model, which does not heed it; set tensor_ranks to null, or "
+                        f"{key} to {_off(key)}"
                     )
         for key, (kinds, unset, instead) in _KEYS_OF_SOME.items():
             value = getattr(self, key)
             if value != unset and self.kind not in kinds:
-                off = "null" if unset is None else "false"
                 raise ValueError(
                     f"{key} is {value}, but kind is {self.kind}, which does not heed it: set kind to "
-                    f"{' or '.join(kinds)}, or {key} to {off} ({instead})"
+                    f"{' or '.join(kinds)}, or {key} to {_off(key)} ({instead})"
                 )
 
     @property
