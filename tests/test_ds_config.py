@@ -159,6 +159,11 @@ ACCEPTED: dict[str, tuple[dict[str, Any], torch.dtype | None, list[str]]] = {
         ['max_live_parameters: "auto" dropped', "offload_param.device", "keep_in_fp32_modules"],
     ),
     "names without stage3_": (zero3(param_persistence_threshold=1e6), BF16, ["1000000 -> 0"]),
+    "a linear layer for backward passes": (
+        zero3(memory_efficient_linear=True),
+        BF16,
+        ["memory_efficient_linear: true -> false"],
+    ),
     "threshold already 0": (zero3(stage3_param_persistence_threshold=0), BF16, ['"auto" -> 4']),
     "bfloat16": (zero3() | {"bfloat16": {"enabled": True}}, None, ["bfloat16: renamed bf16"]),
     "no precision block": (zero3(), BF16, ["bf16.enabled: unset -> true"]),

@@ -277,7 +277,12 @@ def _forget_groups() -> None:
     """DeepSpeed keeps the groups of the first AutoTP engine for all engines of a process after it."""
     from deepspeed.utils import groups
 
-    groups._release_process_group_references()
+    for name in (
+        "mpu",
+        "mesh_device",
+        *(f"_{kind}_GROUP" for kind in ("TENSOR_MODEL_PARALLEL", "DATA_PARALLEL")),
+    ):
+        setattr(groups, name, None)
 
 
 def _in_step() -> bool:

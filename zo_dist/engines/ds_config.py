@@ -26,6 +26,7 @@ from zo_dist.engines.ds_keys import check_keys, count, drop, find, flag, names, 
 
 _16_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _THRESHOLD = "stage3_param_persistence_threshold"
+_LINEAR = "memory_efficient_linear"
 
 
 class _DuplicateKeyError(ValueError):
@@ -249,6 +250,10 @@ def _read_zero(
         was = show(zero[_THRESHOLD]) if _THRESHOLD in zero else "unset"
         notes.append(f"{prefix}{_THRESHOLD}: {was} -> 0 (kept gathered, a weight hides writes)")
         zero[_THRESHOLD] = 0
+    if zero.get(_LINEAR):
+        notes.append(f"{prefix}{_LINEAR}: true -> false (it spares a backward pass memory)")
+    # By itself it would replace torch.nn.functional.linear, for the rest of the process.
+    zero[_LINEAR] = False
     return stage, "none" if device == "auto" else device
 
 

@@ -9,8 +9,9 @@ import json
 import logging
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ def run_plan(args: argparse.Namespace) -> None:
     if not args.json:
         show(plan, console)
     if args.dry_run:
-        with _quietly():
+        # DeepSpeed tells of itself on the standard output.
+        with _quietly(), redirect_stdout(sys.stderr):
             stepped += dry_run(plan, shape)
         if not args.json:
             show_stepped(stepped, console)

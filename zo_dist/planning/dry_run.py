@@ -13,7 +13,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -39,6 +39,13 @@ from zo_dist.state import tensors_of
 
 # Of memory, beside what is planned.
 TOLERANCE = 0.1
+
+ENGINES = ["replicated", "fsdp2"]
+NOT_RUN = "what is offloaded is not run"
+if importlib.util.find_spec("deepspeed"):
+    ENGINES.append("zero3")
+else:
+    NOT_RUN += ", and ZeRO-3 neither, as DeepSpeed is not installed"
 
 _CPU = torch.device("cpu")
 
@@ -89,9 +96,10 @@ def dry_run(plan: Plan, shape: PretrainedConfig) -> Iterator[Stepped]:
     Of replicated weights, FSDP2 and ZeRO-3 (over all ranks or in groups) on the GPU: copies from the host are
     made where there is a GPU alone, so offloaded modes are passed over, and ZeRO-3 where DeepSpeed is not
     installed. ValueError where a process group exists, where ranks would have different numbers of rows (one
-    rank stands for all), for a projection, and for a learned scale, which is a function of the weights'
-    values. Cost: some 2 ms for each module that the step runs; under ZeRO-3 for twice as many, and
-    .5 ms for each weight and rank: it takes apart what it gathers.
+    rank stands for all), for a projection, for a learned scale, which is a function of the weights' values,
+    and where DeepSpeed runs on GPUs in this process already; it stays on the CPU afterwards. Cost: some 2 ms
+    for each module that the step runs; under ZeRO-3 for twice as many, and .5 ms for each weight and rank: it
+    takes apart what it gathers.
     """
     config, count = plan.config, plan.cluster.count
     if dist.is_initialized():
@@ -105,12 +113,13 @@ def dry_run(plan: Plan, shape: PretrainedConfig) -> Iterator[Stepped]:
         raise ValueError("optimizer.projection is set, whose searches --dry-run does not step: leave it out")
     if config.optimizer.scale.name == "learned":
         raise ValueError("optimizer.scale is learned: it follows the weights' values, which --dry-run lacks")
-    legal = ["replicated", "fsdp2", *(["zero3"] if importlib.util.find_spec("deepspeed") else [])]
-    runs = [p for p in plan.modes if p.memory and p.mode.engine in legal and not p.mode.offload]
+    runs = [p for p in plan.modes if p.memory and p.mode.engine in ENGINES and not p.mode.offload]
     if not runs:
-        raise ValueError(f"--dry-run has nothing to run: it runs {', '.join(legal)}, not offloaded")
+        raise ValueError(f"--dry-run has nothing to run: {NOT_RUN}")
+    if any(each.mode.engine == "zero3" for each in runs):
+        _require_cpu()
     for each in runs:
-        with _fake_ranks(count), _deepspeed_alone() if each.mode.engine == "zero3" else nullcontext():
+        with _fake_ranks(count), _deepspeed_alone(count) if each.mode.engine == "zero3" else nullcontext():
             stepped = _stepped(plan, shape, each)
         yield stepped
 
@@ -135,7 +144,7 @@ def _stepped(plan: Plan, shape: PretrainedConfig, planned: Planned) -> Stepped:
     peak = Peak([*held, *batch.values()], shape.get_text_config().vocab_size)
     without_values(optimizer.noise, peak)
     # With an anchor, a step after the anchor's own; under ZeRO-3 one after that from which it learns.
-    steps = (2 if optimizer.anchor.every else 1) + (1 if mode.engine == "zero3" else 0)
+    steps = 2 if optimizer.anchor.every or mode.engine == "zero3" else 1
 
     def row_loss(model: nn.Module, some: Mapping[str, Tensor]) -> Tensor:
         with peak.watched(), fake:
@@ -241,26 +250,35 @@ def _fake_ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _deepspeed_alone() -> Iterator[None]:
-    """Inside `_fake_ranks`: DeepSpeed on the CPU, without a launcher or its operator for CPU ranks."""
-    with patch.dict(os.environ, DS_ACCELERATOR="cpu", LOCAL_RANK="0"):
+def _require_cpu() -> None:
+    """Have DeepSpeed, which settles that once, run on the CPU; ValueError if it has settled otherwise."""
+    with patch.dict(os.environ, DS_ACCELERATOR="cpu"):
         from deepspeed.accelerator import get_accelerator
-        from deepspeed.utils import groups
 
         device = get_accelerator().device_name()
-        if device != "cpu":
-            raise ValueError(
-                f"DeepSpeed runs on {device} in this process: --dry-run wants DS_ACCELERATOR=cpu"
-            )
-        # It compares the order of modules by numbers, which fake tensors do not have.
-        coordinator = "deepspeed.runtime.zero.partitioned_param_coordinator"
-        uncompared = patch(f"{coordinator}.assert_ints_same_as_other_ranks", lambda numbers: None)
+    if device != "cpu":
+        raise ValueError(f"DeepSpeed runs on {device} in this process: --dry-run wants DS_ACCELERATOR=cpu")
+
+
+@contextmanager
+def _deepspeed_alone(count: int) -> Iterator[None]:
+    """Inside `_fake_ranks`: DeepSpeed without a launcher, its operator for CPU ranks, and values."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import groups
+
+    with ExitStack() as stack:
+        told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count)}
+        stack.enter_context(patch.dict(os.environ, told))
+        # It stands for GPUs, which compute in float16.
+        stack.enter_context(patch.object(get_accelerator(), "is_fp16_supported", lambda: True))
         # By name it would be found in torch itself.
         backend = importlib.import_module("deepspeed.comm.torch")
-        try:
-            with uncompared, patch.object(backend, "build_shm_op", lambda: None):
-                yield
-        finally:
-            # Of the group that goes.
-            groups._WORLD_GROUP = None
+        stack.enter_context(patch.object(backend, "build_shm_op", lambda: None))
+        # It compares the order of modules by numbers, which fake tensors do not have.
+        coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+        stack.enter_context(
+            patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda numbers: None)
+        )
+        # What it keeps is of the group that goes.
+        stack.enter_context(patch.object(groups, "_WORLD_GROUP", None))
+        yield

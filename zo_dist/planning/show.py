@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from zo_dist.planning.dry_run import TOLERANCE, Stepped
+from zo_dist.planning.dry_run import NOT_RUN, TOLERANCE, Stepped
 from zo_dist.planning.plan import Plan, Planned
 
 _NUMBERS = ("weights", "gathered", "scratch", "activations", "logits", "kept", "total")
@@ -85,9 +85,7 @@ def show_stepped(stepped: Sequence[Stepped], console: Console) -> None:
             f"{each.seconds:.0f} s",
         )
     console.print(table)
-    console.print(
-        f"as planned: traffic exactly, GiB of forwards within {TOLERANCE:.0%}. Not run: ZeRO-3, CPU offload"
-    )
+    console.print(f"as planned: traffic exactly, GiB of forwards within {TOLERANCE:.0%}; {NOT_RUN}")
 
 
 def _cells(planned: Planned) -> list[str]:
