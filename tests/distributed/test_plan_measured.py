@@ -123,7 +123,7 @@ def test_bytes_and_collectives_are_those_of_a_real_step(
             parse_cluster(f"{num_ranks}xA100-40G"),
             length=LENGTH,
             answer=LENGTH - 1,
-            ds=ds_of(engine, model, num_ranks),
+            ds=ds_of(engine, build(kind, config.model.torch_dtype), num_ranks),
         )
         planned = mode_of(plan, kept_by, config.optimizer.perturb)
         sent, kept = planned.traffic, planned.memory
