@@ -277,11 +277,7 @@ def _forget_groups() -> None:
     """DeepSpeed keeps the groups of the first AutoTP engine for all engines of a process after it."""
     from deepspeed.utils import groups
 
-    for name in (
-        "mpu",
-        "mesh_device",
-        *(f"_{kind}_GROUP" for kind in ("TENSOR_MODEL_PARALLEL", "DATA_PARALLEL")),
-    ):
+    for name in ("mpu", "mesh_device", "_TENSOR_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP"):
         setattr(groups, name, None)
 
 

@@ -207,6 +207,7 @@ def zero3_engine(module: nn.Module, ds: DsConfig, group: dist.ProcessGroup | Non
         )
         if rows:
             _partition_rows(module, init)
+        # Weights are where they belong, and those of a dry run cannot be moved.
         if any(buffer.device != init.local_device for buffer in module.buffers()):
             module.to(init.local_device)
     engine: Any = deepspeed.initialize(model=module, config=ds.config)[0]

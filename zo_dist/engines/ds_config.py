@@ -251,7 +251,7 @@ def _read_zero(
         notes.append(f"{prefix}{_THRESHOLD}: {was} -> 0 (kept gathered, a weight hides writes)")
         zero[_THRESHOLD] = 0
     if zero.get(_LINEAR):
-        notes.append(f"{prefix}{_LINEAR}: true -> false (it spares a backward pass memory)")
+        notes.append(f"{prefix}{_LINEAR}: {show(zero[_LINEAR])} -> false (it spares a backward pass memory)")
     # By itself it would replace torch.nn.functional.linear, for the rest of the process.
     zero[_LINEAR] = False
     return stage, "none" if device == "auto" else device
