@@ -1,11 +1,13 @@
-"""Loss and accuracy against training time, on the quickstart's model and sentences, in one process.
+"""Loss and accuracy against training time, on the quickstart's model and sentences, or others.
 
-    python -m benchmarks.accuracy [--seeds 0 1 2] [--methods ...] [--json FILE] [--plot FILE]
+    python -m benchmarks.accuracy [--seeds 0 1 2] [--methods ...] [--json FILE] [--plot FILE] [KEY=VALUE ...]
+    torchrun --nproc-per-node 2 -m benchmarks.accuracy --methods adalezo adalezo:4 adalezo:16 ...
 
 The runs of a seed take turns, the one with the least time on its clock next, so that a slower moment of
 the machine hits all. A clock runs during steps only, not while loading, compiling or evaluating. MeZO
-as published runs for `--published-steps`, the others for `--seconds`; the table says when each of them
-came to the test cross-entropy that MeZO as published ended with, if that ran.
+as published runs for `--published-steps` and in one process, the others for `--seconds`; the table says when
+each of them came to the test loss that MeZO as published ended with, if that ran. KEY=VALUE overrides the
+config of every run: another task, or another model.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from zo_dist import ZeroOrder
 from zo_dist.config import Config, load_config
 from zo_dist.engines import Engine, initialize_process_group, select
 from zo_dist.evaluate import evaluate
-from zo_dist.loop import build_batches
+from zo_dist.learn_scale import row_loss_mean
+from zo_dist.loop import ROW_LOSSES, build_batches
 from zo_dist.schedule import make_scheduler
-from zo_dist.tasks import choice_loss
 from zo_dist.train import Prepared, build_optimizer, prepare
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -55,7 +57,14 @@ METHODS = {
         *(*ALL_WEIGHTS, "optimizer.lr=4e-5", "optimizer.directions=4"),
         "optimizer.sampler={name: adalezo, ratio: 0.2}",
     ],
+    "adalezo:16": [
+        *(*ALL_WEIGHTS, "optimizer.lr=8e-5", "optimizer.directions=16"),
+        "optimizer.sampler={name: adalezo, ratio: 0.2}",
+    ],
     "quickstart": [],
+    # The rate goes with the root of the number of directions.
+    "quickstart:1": ["optimizer.directions=1", "optimizer.lr=1.8e-3"],
+    "quickstart:32": ["optimizer.directions=32", "optimizer.lr=1e-2"],
     # Slopes are about 4 there, which the learning rates make up for.
     "quickstart:rms": ["optimizer.coefficients={name: rms}", "optimizer.lr=2e-2"],
     "quickstart:z_scores": ["optimizer.coefficients={name: standardise, centre: true}", "optimizer.lr=2e-2"],
@@ -75,8 +84,22 @@ METHODS |= {
         ("fitted_adalezo", 2e-5, "name: fitted_adalezo"),
     )
 }
+# How far each parameter is to be perturbed, all weights in 4 directions without a sampler; `sampler:dense` is
+# without a scale. The file is what `zo-dist learn-scale ... --to scale.safetensors` writes.
+METHODS |= {
+    f"scale:{name}": [
+        *FOUR,
+        "optimizer.lr=2e-5",
+        "optimizer.sampler={name: dense}",
+        f"optimizer.scale={scale}",
+    ]
+    for name, scale in (
+        ("learned", "{name: learned, path: scale.safetensors}"),
+        ("running", "{name: running}"),
+    )
+}
 # What the table of the README has.
-USUAL = [name for name in METHODS if not name.startswith(("quickstart:", "sampler:"))]
+USUAL = ["mezo_published", "mezo", "lezo", "adalezo", "adalezo:4", "quickstart"]
 
 
 class Run:
@@ -91,10 +114,13 @@ class Run:
             [
                 *METHODS[method],
                 *("engine.kind=replicated", f"optimizer.seed={seed}", f"data.seed={seed}"),
-                f"data.test={arguments.test}",
+                *(f"data.test={arguments.test}", *arguments.overrides),
             ],
         )
         published = method == "mezo_published"
+        if published and engine.num_ranks > 1:
+            raise ValueError("mezo_published runs in one process: leave it out, or start one")
+        self._ranks = engine
         self._lr = config.optimizer.lr * (1.0 if published else arguments.lr_times)
         settings = dataclasses.replace(config.optimizer, lr=self._lr)
         config = dataclasses.replace(config, optimizer=settings)
@@ -113,7 +139,9 @@ class Run:
         """One step, and a score when it is due."""
         start = time.perf_counter()
         self._step(self.steps)
-        self.seconds += time.perf_counter() - start
+        # One clock for all ranks, which have to agree on whose turn it is.
+        spent = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+        self.seconds += float(self._ranks.reduce(spent)) / self._ranks.num_ranks
         self.steps += 1
         if self.over or self.seconds >= self._next_score:
             self._score()
@@ -122,21 +150,27 @@ class Run:
         self._next_score = self.seconds + self._eval_seconds
         data = self.prepared.data
         engine = select(self.prepared.model)
-        score = evaluate(engine, data.test, micro_rows=64, pad_id=data.pad_id, fast=data.fast)
+        # Texts would take a forward per token: of a task that has them, the loss alone.
+        metrics = () if data.generate else data.task.metrics
+        score = evaluate(
+            engine, data.test, micro_rows=64, pad_id=data.pad_id, fast=data.fast, metrics=metrics
+        )
         record = {"method": self.method, "seed": self.seed, "step": self.steps, "seconds": self.seconds}
         record.update(score.metrics, loss=score.loss, lr=self._lr)
         self.records.append(record)
-        print(json.dumps(record), flush=True)
+        if engine.rank == 0:
+            print(json.dumps(record), flush=True)
 
 
 def our_step(config: Config, prepared: Prepared) -> Callable[[int], object]:
     optimizer: ZeroOrder = build_optimizer(config, prepared.model)
     scheduler = make_scheduler(optimizer, config.train)
     batches = build_batches(config, prepared.data, optimizer.engine)
-    optimizer.prepare(batches[0][0], choice_loss)
+    row_loss = ROW_LOSSES[prepared.data.task.loss]
+    optimizer.prepare(batches[0][0], row_loss)
 
     def step(number: int) -> None:
-        optimizer.step_batch(batches[number], choice_loss)
+        optimizer.step_batch(batches[number], row_loss)
         scheduler.step()
 
     return step
@@ -144,16 +178,17 @@ def our_step(config: Config, prepared: Prepared) -> Callable[[int], object]:
 
 def published_step(config: Config, prepared: Prepared) -> Callable[[int], object]:
     model: nn.Module = prepared.model.eval()
-    settings = config.optimizer
+    settings, row_loss = config.optimizer, ROW_LOSSES[prepared.data.task.loss]
     published = PublishedMeZO(model, settings.lr, settings.eps, settings.seed)
-    batches = build_batches(config, prepared.data, select(model))
+    engine = select(model)
+    batches = build_batches(config, prepared.data, engine)
 
     def step(number: int) -> None:
         (batch,) = batches[number]
 
         def loss() -> float:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                return float(choice_loss(model, batch).mean())
+                return float(row_loss_mean(row_loss, engine, batch))
 
         published.step(loss)
 
@@ -175,6 +210,8 @@ def main() -> None:
     arguments = parse()
     engine = Engine(nn.Identity(), initialize_process_group())
     records = [record for seed in arguments.seeds for record in run_seed(seed, arguments, engine)]
+    if engine.rank:
+        return
     show(records)
     if arguments.json:
         Path(arguments.json).write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -196,7 +233,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--published-eval-seconds", type=float, default=240.0)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.png")
-    return parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config, for all runs")
+    return parser.parse_intermixed_args()
 
 
 def run_seed(seed: int, arguments: argparse.Namespace, engine: Engine) -> Iterator[dict[str, Any]]:
@@ -222,7 +260,8 @@ def show(records: list[dict[str, Any]]) -> None:
         ends = [run[-1] for run in of_seed.values()]
         cells = [f"{method}, lr {ends[0]['lr']:g}", str(len(ends))]
         cells += [f"{statistics.mean(e[key] for e in ends):.0f}" for key in ("step", "seconds")]
-        cells += [f"{statistics.mean(e[key] for e in ends):.3f}" for key in ("accuracy", "loss")]
+        for key in ("accuracy", "loss"):
+            cells.append(f"{statistics.mean(e[key] for e in ends):.3f}" if key in ends[0] else "")
         reached = {
             seed: time_to(targets[seed]["loss"], run) for seed, run in of_seed.items() if seed in targets
         }
@@ -239,11 +278,12 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    keys = [key for key in ("loss", "accuracy") if key in records[0]]
+    figure = Figure(figsize=(4.5 * len(keys), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
+    axes = figure.subplots(1, len(keys), squeeze=False)
     methods = list(dict.fromkeys(record["method"] for record in records))
-    for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
+    for axis, key in zip(axes[0], keys, strict=True):
         for color, method in enumerate(methods):
             for seed in dict.fromkeys(r["seed"] for r in records if r["method"] == method):
                 run = [r for r in records if (r["method"], r["seed"]) == (method, seed)]
@@ -255,7 +295,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
                 )
         axis.set(xlabel="training seconds", ylabel="test " + key, xscale="symlog")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[0, 0].legend()
     figure.savefig(path, dpi=120)
 
 
