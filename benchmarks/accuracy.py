@@ -84,19 +84,11 @@ METHODS |= {
         ("fitted_adalezo", 2e-5, "name: fitted_adalezo"),
     )
 }
-# How far each parameter is to be perturbed, all weights in 4 directions without a sampler; `sampler:dense` is
-# without a scale. The file is what `zo-dist learn-scale ... --to scale.safetensors` writes.
+# How far each parameter is to be perturbed: `sampler:dense` and `sampler:adalezo` are without. The file is
+# what `zo-dist learn-scale ... --to scale.safetensors` writes; a running scale wants arms that are drawn.
 METHODS |= {
-    f"scale:{name}": [
-        *FOUR,
-        "optimizer.lr=2e-5",
-        "optimizer.sampler={name: dense}",
-        f"optimizer.scale={scale}",
-    ]
-    for name, scale in (
-        ("learned", "{name: learned, path: scale.safetensors}"),
-        ("running", "{name: running}"),
-    )
+    "scale:learned": [*METHODS["sampler:dense"], "optimizer.scale={name: learned, path: scale.safetensors}"],
+    "scale:running": [*METHODS["sampler:adalezo"], "optimizer.scale={name: running}"],
 }
 # What the table of the README has.
 USUAL = ["mezo_published", "mezo", "lezo", "adalezo", "adalezo:4", "quickstart"]
