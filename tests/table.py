@@ -170,6 +170,22 @@ def estimator_for(sampler: str, estimator: str) -> str:
     return "two_sided" if estimator == "three_sided" and sampler in WEIGH_BOTH else estimator
 
 
+def anchor_for(anchor: str, estimator: str) -> str:
+    """`anchor`, or `none` where there is a curvature."""
+    return "none" if estimator == "three_sided" else anchor
+
+
+def coefficients_for(coefficients: str, directions: int, anchored: bool) -> str:
+    """`coefficients`, or `raw` where these cannot be had."""
+    return "raw" if anchored or (directions == 1 and coefficients in NEED_TWO) else coefficients
+
+
+def rule_for(rule: str, structure: Any, curved: bool, anchored: bool) -> str:
+    """`rule`, or what it is of full rank where noise is no product of two sides, or not that alone."""
+    is_product = isinstance(structure, zo_dist.LowRank) and (rule != "tezo_adam" or structure.fixed)
+    return rule if is_product and not curved and not anchored else OF_FULL_RANK.get(rule, rule)
+
+
 def mode_of(engine: str, num_ranks: int, mode: str, estimator: str) -> str:
     """`mode`, or where a curvature is not held whole the one that is possible."""
     sharded = num_ranks > 1 and engine.startswith(("fsdp2", "hsdp", "zero3", "tp")) and engine != "hsdp_2x1"
@@ -186,24 +202,20 @@ def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
     options.update(NOISES.get(noise, {"noise": noise}))
     options["mask"] = MASKS[options.get("mask", "all")]
     if isinstance(options.get("anchor", "none"), str):
-        with_curvature = options.get("estimator") == "three_sided"
-        options["anchor"] = ANCHORS["none" if with_curvature else options.get("anchor", "none")]
+        estimator = options.get("estimator", "two_sided")
+        options["anchor"] = ANCHORS[anchor_for(options.get("anchor", "none"), estimator)]
     if isinstance(options.get("projection"), str):
         options["projection"] = PROJECTIONS[options["projection"]]
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
     if isinstance(options.get("estimator", "two_sided"), str):
         options.update(estimating(options.get("estimator", "two_sided"), options.pop("smoothing", SMOOTHING)))
-    coefficients = options.get("coefficients", "raw")
-    single = options.get("directions", 1) == 1
-    raw = options["anchor"] or (single and coefficients in NEED_TWO)
-    options["coefficients"] = COEFFICIENTS["raw" if raw else coefficients]()
+    directions, anchored = options.get("directions", 1), options["anchor"] is not None
+    shape = coefficients_for(options.get("coefficients", "raw"), directions, anchored)
+    options["coefficients"] = COEFFICIENTS[shape]()
     decay = options.pop("weight_decay", 0.0)
     rule = options.get("rule", "sgd")
     if isinstance(rule, str):
-        structure = options.get("structure")
-        is_product = isinstance(structure, zo_dist.LowRank) and (rule != "tezo_adam" or structure.fixed)
-        plain = is_product and not options.get("curvature") and not options["anchor"]
-        rule = rule if plain else OF_FULL_RANK.get(rule, rule)
+        rule = rule_for(rule, options.get("structure"), options.get("curvature") is not None, anchored)
         options["rule"] = RULES[rule](weight_decay=decay)
     return zo_dist.ZeroOrder(model, **options)
 

@@ -49,19 +49,34 @@ def test_a_matrix_has_the_rank_and_a_vector_what_it_had(law: str, name: str, ran
     assert torch.equal(noise.values("v", 3, 1, 0, 30), plain.values("v", 3, 1, 0, 30))
 
 
+def test_all_ranks_of_orthonormal_sides_are_dense_normals() -> None:
+    """U and V are square then, and turn normals into normals: fourth moments too, which no lower rank has."""
+    draws, shapes = 2000, {"w": torch.Size((3, 4))}
+    options = zo_dist.LowRank(rank=4, refresh=1000, orthonormal=True)
+    noise = LowRankNoise("gaussian", 5, False, options, shapes)
+    # All in one subspace, so that it is no mean over many.
+    all_z = torch.stack([noise.values("w", 0, direction, 0, 12) for direction in range(draws)])
+    second = all_z.T @ all_z / draws
+    # Squares of normals have a variance of 2, products 1; five deviations.
+    torch.testing.assert_close(second, torch.eye(12), rtol=0, atol=5 * (2 / draws) ** 0.5)
+    # Fourth powers have the mean 3 and the variance 105 - 9.
+    fourth = float(all_z.pow(4).mean())
+    assert fourth == pytest.approx(3.0, abs=5 * (96 / draws / 12) ** 0.5)
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 def test_elements_have_mean_0_and_variance_1_and_do_not_go_together(fixed: bool) -> None:
     # With fixed sides over runs, else over steps, each with its right side.
     options = zo_dist.LowRank(rank=2, fixed=True) if fixed else zo_dist.LowRank(rank=2, refresh=1)
-    draws, shapes = 400, {"w": torch.Size((3, 4))}
+    draws, shapes = 2000, {"w": torch.Size((3, 4))}
     all_z = torch.stack(
         [LowRankNoise("gaussian", i, False, options, shapes).values("w", i, 0, 0, 12) for i in range(draws)]
     )
     second = all_z.T @ all_z / draws
     # A product of three independent normals has E z^4 = 3**3, so a mean of z_i z_j over the draws has a
-    # deviation of at most sqrt(27 / 400) = 0.26; five of these, and of 144 of them the mean.
-    torch.testing.assert_close(second, torch.eye(12), rtol=0, atol=1.3)
-    assert float((second - torch.eye(12)).abs().mean()) < 0.26
+    # deviation of at most sqrt(27 / 2000) = 0.12; five of these, and of 144 of them the mean.
+    torch.testing.assert_close(second, torch.eye(12), rtol=0, atol=0.6)
+    assert float((second - torch.eye(12)).abs().mean()) < 0.12
     assert float(all_z.mean(0).abs().max()) < 5 / draws**0.5
 
 

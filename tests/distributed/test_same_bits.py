@@ -58,22 +58,52 @@ ARMS = {
 # rule, mask, which steps there are besides. Of all combinations of these and of (engine, ranks), each pair
 # of values of different columns is in one of the runs.
 Combo = tuple[tuple[str, str], tuple[int, int], str, str, str, str, str, str, str, str]
-PLACES = tuple((engine, ranks) for engine in table.MAIN_ENGINES for ranks in table.RANKS)
-RUNS = table.all_pairs(
-    PLACES,
-    table.WRITES,
-    table.GROUPED,
-    tuple(table.SAMPLERS),
-    table.MODES,
-    tuple(table.NOISES),
-    tuple(table.ESTIMATORS),
-    tuple(table.COEFFICIENTS),
-    tuple(table.RULES),
-    tuple(table.MASKS),
-    tuple(table.BESIDES),
-)
-# For engines that share their code with a main one: each direction count, mode and dtype once.
 F32, BF16 = ("float32", "stochastic"), ("bfloat16", "stochastic")
+PLACES = tuple((engine, ranks) for engine in table.MAIN_ENGINES for ranks in table.RANKS)
+AXES: tuple[tuple[Any, ...], ...] = (
+    *(table.WRITES, table.GROUPED, tuple(table.SAMPLERS), table.MODES, tuple(table.NOISES)),
+    *(tuple(table.ESTIMATORS), tuple(table.COEFFICIENTS), tuple(table.RULES)),
+    *(tuple(table.MASKS), tuple(table.BESIDES)),
+)
+
+
+def in_force(combo: Combo) -> Combo:
+    """What the table makes of a run whose values do not go together."""
+    write, (directions, per_row), sampler, mode, noise, estimator, shape, rule, mask, besides = combo
+    estimator = table.estimator_for(sampler, estimator)
+    anchored = table.anchor_for(table.BESIDES[besides].get("anchor", "none"), estimator) != "none"
+    shape = table.coefficients_for(shape, directions, anchored)
+    structure = table.NOISES[noise].get("structure")
+    rule = table.rule_for(rule, structure, estimator == "three_sided", anchored)
+    besides = "none" if besides == "anchor" and not anchored else besides
+    return (write, (directions, per_row), sampler, mode, noise, estimator, shape, rule, mask, besides)
+
+
+def added(runs: list[Combo]) -> list[Combo]:
+    """A run for each value that none of these has in force."""
+    plain: Combo = (F32, (3, 1), "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all", "none")
+    missing = [
+        (column, value)
+        for column, values in enumerate(AXES)
+        for value in values
+        if value not in {in_force(run)[column] for run in runs}
+    ]
+    more = []
+    for column, value in missing:
+        run: list[Any] = list(plain)
+        run[4] = {"lozo_m": "lozo", "tezo_adam": "tezo"}.get(value, run[4])
+        run[column] = value
+        more.append(tuple(run))
+    return more
+
+
+PAIRS = table.all_pairs(PLACES, *AXES)
+RUNS: dict[tuple[str, int], list[Combo]] = {
+    place: [run[1:] for run in PAIRS if run[0] == place] for place in PLACES
+}
+for runs in RUNS.values():
+    runs += added(runs)
+# For engines that share their code with a main one: each direction count, mode and dtype once.
 FEW: list[Combo] = [
     (F32, (3, 1), "adalezo", "module", "rademacher", "two_sided", "raw", "sgd", "all", "anchor"),
     (BF16, (3, 1), "adalezo", "module", "rademacher", "two_sided", "raw", "momentum", "all", "search"),
@@ -225,12 +255,16 @@ def _taken(engine: str, combos: list[Combo]) -> list[Combo]:
     return [c for c in combos if runs_in(getattr(torch, c[0][0]), engine)]
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_every_part_is_in_force_in_some_run_of_every_engine(place: tuple[str, int]) -> None:
+    for column, values in enumerate(AXES):
+        assert {in_force(run)[column] for run in RUNS[place]} == set(values)
+
+
 @pytest.mark.parametrize(("engine", "num_ranks"), PLACES)
 def test_given_losses_leave_the_same_bits(pool: Callable[[int], Pool], engine: str, num_ranks: int) -> None:
     _skip_without_deepspeed(engine)
-    combos: list[Combo] = [run[1:] for run in RUNS if run[0] == (engine, num_ranks)]
-    assert len(combos) >= len(table.WRITES)
-    combos = _taken(engine, combos)
+    combos = _taken(engine, RUNS[engine, num_ranks])
     _expect_same(pool(num_ranks).run(runs_on_rank, engine, "sequential", combos), "sequential", combos)
 
 
@@ -244,8 +278,10 @@ def test_given_losses_leave_the_same_bits_on_the_other_forms(
     combos = _taken(engine, FEW)
     if engine == "fsdp2_mixed":  # its shards are float32
         combos = [((("float32", "stochastic")), *combo[1:]) for combo in FEW]
+    if engine == "tp_2":
+        combos = combos + added(FEW)
     if "tp_" in engine:  # no rank has a side of the noise of some columns
-        combos = [(*combo[:7], table.OF_FULL_RANK.get(combo[7], combo[7]), *combo[8:]) for combo in FEW]
+        combos = [(*combo[:7], table.OF_FULL_RANK.get(combo[7], combo[7]), *combo[8:]) for combo in combos]
     _expect_same(pool(num_ranks).run(runs_on_rank, engine, "sequential", combos), "sequential", combos)
 
 
@@ -285,13 +321,15 @@ def check_experts_on_rank(engine: str) -> None:
         optimizer.prepare(rows_for(kind, 1), loss_of)
 
 
-@pytest.mark.parametrize("engine", table.MAIN_ENGINES)
-def test_given_losses_leave_the_same_bits_on_experts(pool: Callable[[int], Pool], engine: str) -> None:
+@pytest.mark.parametrize(("engine", "ranks"), [*((name, 2) for name in table.MAIN_ENGINES), ("hsdp_2x2", 4)])
+def test_given_losses_leave_the_same_bits_on_experts(
+    pool: Callable[[int], Pool], engine: str, ranks: int
+) -> None:
     _skip_without_deepspeed(engine)
     (alone,) = pool(1).run(arms_of_experts_on_rank, "replicated")
     assert len(set(alone)) == len(alone)
-    assert pool(2).run(arms_of_experts_on_rank, engine) == [alone, alone]
-    pool(2).run(check_experts_on_rank, engine)
+    assert pool(ranks).run(arms_of_experts_on_rank, engine) == [alone] * ranks
+    pool(ranks).run(check_experts_on_rank, engine)
 
 
 def test_the_bits_do_depend_on_what_they_should() -> None:
