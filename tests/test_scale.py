@@ -222,18 +222,19 @@ def test_factors_and_weights_are_the_same_bits_on_every_engine(
     path = str(nets_for(tmp_path / "scale"))
     expected = on_rank("replicated", path, name, dtype)
     assert len(set(expected[1])) > 3
-    for engine, ranks in (("fsdp2", 2), ("fsdp2", 3), ("hsdp_2x2", 4)):
+    for engine, ranks in (("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp_2x2", 4)):
         assert pool(ranks).run(on_rank, engine, path, name, dtype) == [expected] * ranks
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_factors_and_weights_are_the_same_bits_on_zero3(
-    pool: Callable[[int], Pool], tmp_path: Path, ranks: int
+@pytest.mark.parametrize("name", ["running", "learned"])
+@pytest.mark.parametrize(("engine", "ranks"), [("zero0", 2), ("zero3", 2), ("zero3", 3)])
+def test_factors_and_weights_are_the_same_bits_on_deepspeed(
+    pool: Callable[[int], Pool], tmp_path: Path, engine: str, ranks: int, name: str
 ) -> None:
     path = str(nets_for(tmp_path / "scale"))
-    expected = on_rank("replicated", path, "learned", torch.bfloat16)
-    assert pool(ranks).run(on_rank, "zero3", path, "learned", torch.bfloat16) == [expected] * ranks
+    expected = on_rank("replicated", path, name, torch.bfloat16)
+    assert pool(ranks).run(on_rank, engine, path, name, torch.bfloat16) == [expected] * ranks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

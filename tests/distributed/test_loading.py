@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,53 @@ def peak_of_loading(config_path: str) -> int:
         memory.settled()
         before = memory.resident_bytes()
         return memory.peak_bytes(lambda: load_model(config, hf_config, *place), place[0]) - before
+
+
+def peak_of_private_bytes(config_path: str) -> int:
+    """Of loading: bytes that are no pages of files, above what the process had before."""
+    import torch.distributed as dist
+
+    from benchmarks import memory
+    from zo_dist.config import load_config
+    from zo_dist.memory import proc_status
+    from zo_dist.models import load_model
+
+    config = load_config(config_path, [])
+    hf_config = AutoConfig.from_pretrained(config.model.source)
+    place = torch.device("cpu"), dist.get_rank(), dist.get_world_size()
+    with freed_at_once():
+        memory.settled()
+        before, most, ended = proc_status("RssAnon"), [0], threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.001):
+                most.append(proc_status("RssAnon"))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            model = load_model(config, hf_config, *place)
+        finally:
+            ended.set()
+            watcher.join()
+        # The model is still held: what it needs of its own is in it.
+        assert model is not None
+        return max(*most, proc_status("RssAnon")) - before
+
+
+@on_each_engine
+def test_shards_in_the_dtype_of_the_files_are_pages_of_these(
+    pool: Callable[[int], Pool], tmp_path: Path, engine: str
+) -> None:
+    model = AutoModelForCausalLM.from_config(wide_llama(), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source", max_shard_size="40MB")
+    numel = sum(p.numel() for p in model.parameters())
+    path = config_for(tmp_path, tmp_path / "source", torch.bfloat16, engine)
+    pool(2).run(peak_of_private_bytes, path)  # what is imported once
+    # .3 MB and 7 MB where this was written: ZeRO-3 cuts a weight flat whose rows do not divide. A rank's
+    # shard alone is 76 MB.
+    assert numel > 70e6
+    assert max(pool(2).run(peak_of_private_bytes, path)) < 20e6
 
 
 @on_each_engine

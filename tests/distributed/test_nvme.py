@@ -139,7 +139,10 @@ def train(path: str | None, perturb: str, folder: str) -> dict[str, Any]:
             result["losses"].append(optimizer.step_batch(batch, loss_of))
         arms = {arm for arms in optimizer.record.arms for arm in arms}
         drawn = sum(on_nvme(p.param) for arm in arms for p in optimizer.arms[arm].params)
-        result["io"].append((count, {"read": total + drawn, "written": drawn}))
+        # In shards both shifts are written, and taken back, before the update.
+        forwards, writes = (1, 1) if perturb == "module" else (2, 5)
+        expected = {"read": forwards * total + writes * drawn, "written": writes * drawn}
+        result["io"].append((count, expected | {"forwards": forwards * total}))
     result["weights"] = digest(whole_weights(optimizer))
     prints = optimizer.engine.fingerprints(optimizer.params)
     result["prints"] = prints
@@ -165,7 +168,6 @@ def test_a_run_on_nvme_has_the_bits_of_one_in_memory(
     for rank in swapped:
         for count, expected in rank["io"]:
             assert expected["written"] > 0
-            # A forward may read what DeepSpeed fetched too early and dropped once more.
-            assert count["read"] >= expected["read"]
-            if perturb == "module":
-                assert count["written"] == expected["written"]
+            assert count["written"] == expected["written"]
+            # DeepSpeed may fetch a weight too early, drop it, and read it once more in the same forward.
+            assert expected["read"] <= count["read"] <= expected["read"] + expected["forwards"]

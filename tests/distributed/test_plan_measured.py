@@ -172,18 +172,31 @@ def peak_of_a_step(engine: str, settings: dict[str, Any]) -> int:
         return memory.peak_bytes(one_step(engine, settings, layers=6), torch.device("cpu")) - before
 
 
-@pytest.mark.parametrize("perturb", ["module", "shard"])
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
-def test_peak_memory_is_that_of_a_real_step(pool: Callable[[int], Pool], engine: str, perturb: str) -> None:
+PLAIN = {"dtype": "bfloat16", "directions": 2}
+
+
+@pytest.mark.parametrize(
+    ("engine", "num_ranks", "settings", "perturb"),
+    [
+        *(("fsdp2", 2, PLAIN, perturb) for perturb in ("module", "shard")),
+        *(pytest.param("zero3", 2, PLAIN, perturb, marks=needs_deepspeed) for perturb in ("module", "shard")),
+        ("fsdp2", 2, EITHER_WAY["adam, kahan"], "module"),
+        pytest.param("zero3", 2, EITHER_WAY["adam, kahan"], "shard", marks=needs_deepspeed),
+        ("hsdp", 4, PLAIN, "module"),
+    ],
+)
+def test_peak_memory_is_that_of_a_real_step(
+    pool: Callable[[int], Pool], engine: str, num_ranks: int, settings: dict[str, Any], perturb: str
+) -> None:
     """76 M weights in bfloat16, of which a rank holds half: 10% are 16 MB and more."""
-    settings = {"dtype": "bfloat16", "directions": 2, "perturb": perturb, "compile": True}
-    measured = max(pool(2).run(peak_of_a_step, engine, settings))
-    config = config_of(rows=2 * WIDE_ROWS, **settings)
-    ranks = parse_cluster("2xA100-40G")
+    settings = {**settings, "perturb": perturb, "compile": True}
+    measured = max(pool(num_ranks).run(peak_of_a_step, engine, settings))
+    section = {"kind": "fsdp2", "shard_ranks": 2} if engine == "hsdp" else None
+    config = config_of(rows=num_ranks * WIDE_ROWS, engine=section, **settings)
+    ranks = parse_cluster(f"{num_ranks}xA100-40G")
     with torch.device("meta"):
-        ds = ds_of(engine, AutoModelForCausalLM.from_config(wide_llama(), dtype=torch.bfloat16), 2)
-    planned = mode_of(
-        make_plan(config, wide_llama(), ranks, length=WIDE_LENGTH, ds=ds), engine, perturb
-    ).memory
+        ds = ds_of(engine, AutoModelForCausalLM.from_config(wide_llama(), dtype=torch.bfloat16), num_ranks)
+    plan = make_plan(config, wide_llama(), ranks, length=WIDE_LENGTH, ds=ds)
+    planned = mode_of(plan, "zero3" if engine == "zero3" else "fsdp2", perturb).memory
     assert planned is not None
     assert measured == pytest.approx(planned.total, rel=0.1), planned
