@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import table
 import torch
-from models import build, loss_of, rows_for
+from injected import Injected
+from models import build, cut, loss_of, rows_for
 from torch import Tensor, nn
+from workers import HAVE_DEEPSPEED, Pool, digest, whole_weights, wrap
 
 import zo_dist
 from zo_dist.coefficients import Coefficients
@@ -166,6 +169,36 @@ def test_an_endless_limit_leaves_the_bits() -> None:
         assert torch.equal(a, b)
     different = weights_after(estimator=zo_dist.TwoSided(0.01))
     assert any(not torch.equal(a, b) for a, b in zip(plain, different, strict=True))
+
+
+def clipped_on_rank(engine: str, estimator: Any, mode: str) -> tuple[str, list[float]]:
+    """Whole weights, and the slopes of the last step, from given losses of this rank's rows."""
+    import torch.distributed as dist
+
+    # Of rows that differ by up to 4 over 2 eps: most are cut.
+    optimizer = table.optimizer(
+        wrap(engine, build("sequential")), lr=0.01, eps=0.01, directions=3, perturb=mode,
+        estimator=estimator(40.0), sampler="adalezo", self_check=False,
+    )  # fmt: skip
+    edges = {1: (0, 8), 2: (0, 5, 8), 3: (0, 5, 5, 8)}[dist.get_world_size()]
+    mine = cut(rows_for("sequential", 8), *edges[dist.get_rank() : dist.get_rank() + 2])
+    name = "two_sided" if estimator is zo_dist.TwoSided else "one_sided"
+    losses = Injected(mode, 3, estimator=name)
+    for _ in range(20):
+        optimizer.step_batch(mine, losses)
+    return digest(whole_weights(optimizer)), list(optimizer.record.slopes)
+
+
+@pytest.mark.parametrize("mode", table.MODES)
+@pytest.mark.parametrize("estimator", [zo_dist.TwoSided, zo_dist.OneSided])
+def test_clipped_rows_leave_the_same_bits_on_every_engine(
+    pool: Callable[[int], Pool], estimator: Any, mode: str
+) -> None:
+    """Also on a rank without rows. The test above holds one process to copies of the model."""
+    (expected,) = pool(1).run(clipped_on_rank, "replicated", estimator, mode)
+    assert any(0.0 < abs(slope) <= 40.0 for slope in expected[1])
+    for engine, ranks in (("fsdp2", 2), ("fsdp2", 3), *((("zero3", 2),) if HAVE_DEEPSPEED else ())):
+        assert pool(ranks).run(clipped_on_rank, engine, estimator, mode) == [expected] * ranks
 
 
 def test_clipped_rows_need_losses_of_rows() -> None:
