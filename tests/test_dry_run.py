@@ -119,6 +119,20 @@ def test_the_command(engine: str, gathers: int, capsys: pytest.CaptureFixture[st
     assert "Dry run" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_model_of_30b_on_64_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["plan", "opt-30b", "--gpus", "64xA100-40G", "--dry-run", "--engine", "fsdp2", "--length", "32"]
+    main([*plan, "--json", "train.rows=64", "optimizer.perturb=module"])
+    told = json.loads(capsys.readouterr().out)
+    ways = {each["name"]: each for each in told["dry_run"]}
+    assert ways.keys() == {mode["name"] for mode in told["modes"] if not mode["refused"]}
+    for each in ways.values():
+        assert each["differing"] == {}
+        # Every weight of 48 layers, the embeddings and the norm, once.
+        assert each["traffic"]["elements"] > 29e9
+        assert each["traffic"]["gathers"] >= 49
+
+
 @needs_deepspeed
 def test_what_deepspeed_tells_is_not_in_the_json(tmp_path: Path) -> None:
     given = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "dump_state": True}

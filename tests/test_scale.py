@@ -11,6 +11,7 @@ import pytest
 import table
 import torch
 from models import build, loss_of, rows_for
+from safetensors.torch import load_file
 from tiny_run import launch, result_of, write_config
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -114,6 +115,30 @@ def made(name: str, folder: Path) -> Any:
         path = folder / "scale"
         return zo_dist.LearnedScale(path if path.exists() else nets_for(path))
     return zo_dist.RunningScale(alpha=0.5)
+
+
+def test_learned_factors_are_those_of_the_formula(tmp_path: Path) -> None:
+    """ZO Fine-tuner's, block by block in plain numbers: from the file of the nets, weights and losses."""
+    path = nets_for(tmp_path / "scale")
+    optimizer = run(0, scale=zo_dist.LearnedScale(path))
+    nets = load_file(path)
+    sigmas, losses = [1.0] * len(optimizer.params), [0.0, 0.0]
+    for step in range(6):
+        found, counts = [], []
+        for block, param in enumerate(optimizer.params):
+            weight = param.param.detach().double()
+            mean, variance = float(weight.mean()), float(weight.var(correction=0))
+            seen = torch.tensor([mean, variance, *losses, sigmas[block]], dtype=torch.float64)
+            hidden = torch.tanh(nets["hidden"][block] @ seen + nets["hidden_bias"][block])
+            found.append(abs(float(nets["out"][block] @ hidden + nets["out_bias"][block])))
+            counts.append(weight.numel())
+        common = (sum(counts) / sum(n * s * s for n, s in zip(counts, found, strict=True))) ** 0.5
+        optimizer.step_batch(rows_for("sequential", 6, seed=step), loss_of)
+        for param, sigma in zip(optimizer.params, found, strict=True):
+            # Cut to 12 bits twice, and means and variances to 2**-24 and 2**-32.
+            assert optimizer.factors[param.name] == pytest.approx(sigma * common, rel=2.0**-10)
+        sigmas, losses = found, list(optimizer.record.losses)
+    assert len(set(sigmas)) == len(sigmas)
 
 
 def test_running_factors_follow_the_slopes_of_their_arms(tmp_path: Path) -> None:
