@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +25,22 @@ def keep_freed() -> None:
     the environment sets (`MALLOC_MMAP_THRESHOLD_` and the like, `GLIBC_TUNABLES`).
     """
     told = any(key.startswith("MALLOC_") for key in os.environ) or "GLIBC_TUNABLES" in os.environ
-    if platform.libc_ver()[0] == "glibc" and not told:
-        libc = ctypes.CDLL("libc.so.6")
+    libc = _glibc()
+    if libc is not None and not told:
         libc.mallopt(M_MMAP_THRESHOLD, _REUSED)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def give_back() -> None:
+    """Have glibc give what was freed back to the system, holes in between as well (malloc_trim(3))."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
 
 
 def peaks(device: torch.device) -> tuple[float, float]:

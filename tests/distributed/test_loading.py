@@ -252,6 +252,38 @@ def test_shards_in_the_dtype_of_the_files_are_pages_of_these(
     assert max(pool(2).run(peak_of_private_bytes, path)) < 20e6
 
 
+def private_bytes_of_loads(config_path: str) -> int:
+    """The most that one of some loads leaves, as processes of the command line allocate."""
+    import torch.distributed as dist
+
+    from zo_dist.config import load_config
+    from zo_dist.memory import give_back, keep_freed, proc_status
+    from zo_dist.models import load_model
+
+    keep_freed()
+    config, left = load_config(config_path, []), []
+    hf_config = AutoConfig.from_pretrained(config.model.source)
+    for _ in range(6):
+        give_back()
+        before = proc_status("RssAnon")
+        model = load_model(config, hf_config, torch.device("cpu"), dist.get_rank(), dist.get_world_size())
+        left.append(proc_status("RssAnon") - before)
+        del model
+    return max(left)
+
+
+@on_each_engine
+def test_what_is_freed_while_a_model_is_loaded_does_not_add_up(
+    pool: Callable[[int], Pool], tmp_path: Path, engine: str
+) -> None:
+    """In holes that the next weight does not fit into: in some processes, and then for every weight."""
+    model = AutoModelForCausalLM.from_config(wide_llama(), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    path = config_for(tmp_path, tmp_path / "source", torch.bfloat16, engine)
+    pool(2).run(private_bytes_of_loads, path)  # what is imported once
+    assert max(pool(2).run(private_bytes_of_loads, path)) < 20e6
+
+
 @on_each_engine
 def test_a_rank_needs_no_more_than_its_shard_and_the_bytes_it_reads(
     pool: Callable[[int], Pool], tmp_path: Path, engine: str
