@@ -6,7 +6,8 @@ import ctypes
 import math
 import os
 import platform
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,10 @@ import torch
 
 # mallopt(3), and the highest threshold there is for memory of its own.
 _M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-_REUSED, _KEPT = 1 << 25, 1 << 28
+_REUSED, _KEPT, _AT_ONCE = 1 << 25, 1 << 28, 1 << 16
+
+# The C library, once it was told to keep what is freed.
+_keeping: list[ctypes.CDLL] = []
 
 
 def keep_freed() -> None:
@@ -25,22 +29,27 @@ def keep_freed() -> None:
     the environment sets (`MALLOC_MMAP_THRESHOLD_` and the like, `GLIBC_TUNABLES`).
     """
     told = any(key.startswith("MALLOC_") for key in os.environ) or "GLIBC_TUNABLES" in os.environ
-    libc = _glibc()
-    if libc is not None and not told:
+    if platform.libc_ver()[0] == "glibc" and not told:
+        libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, _REUSED)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        _keeping.append(libc)
 
 
-def give_back() -> None:
-    """Have glibc give what was freed back to the system, holes in between as well (malloc_trim(3))."""
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Inside, what is freed goes back to the system, as before `keep_freed`: for what is done once.
 
-
-@cache
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
+    Buffers between memory that stays would leave holes, too small for the next, of which the steps that come
+    after fill each in turn.
+    """
+    for libc in _keeping[:1]:
+        libc.mallopt(M_MMAP_THRESHOLD, _AT_ONCE)
+    try:
+        yield
+    finally:
+        for libc in _keeping[:1]:
+            libc.mallopt(M_MMAP_THRESHOLD, _REUSED)
 
 
 def peaks(device: torch.device) -> tuple[float, float]:

@@ -256,15 +256,16 @@ def private_bytes_of_loads(config_path: str) -> int:
     """The most that one of some loads leaves, as processes of the command line allocate."""
     import torch.distributed as dist
 
+    from benchmarks import memory
     from zo_dist.config import load_config
-    from zo_dist.memory import give_back, keep_freed, proc_status
+    from zo_dist.memory import keep_freed, proc_status
     from zo_dist.models import load_model
 
     keep_freed()
     config, left = load_config(config_path, []), []
     hf_config = AutoConfig.from_pretrained(config.model.source)
     for _ in range(6):
-        give_back()
+        memory.settled()
         before = proc_status("RssAnon")
         model = load_model(config, hf_config, torch.device("cpu"), dist.get_rank(), dist.get_world_size())
         left.append(proc_status("RssAnon") - before)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from zo_dist.engines.auto_tp import cuts_layers
 from zo_dist.engines.base import Engine
 from zo_dist.engines.ds_config import DsConfig
-from zo_dist.memory import give_back
+from zo_dist.memory import freed_at_once
 from zo_dist.params import find_layers, is_quantised
 
 
@@ -297,11 +297,11 @@ def _partition_rows(module: nn.Module, init: Any) -> None:
         of_zero.partition()
         if kept:
             of_zero.ds_tensor.data = mine
-            # Of DeepSpeed's copies: holes into which the next does not fit add up, to a third of a model.
-            give_back()
         return partitioned
 
-    _replace_parameters(module, partition_of)
+    # Holes of DeepSpeed's copies added up to a third of a model.
+    with freed_at_once():
+        _replace_parameters(module, partition_of)
 
 
 def _replace_parameters(module: nn.Module, replacement: Callable[[nn.Parameter], nn.Parameter]) -> None:
