@@ -49,18 +49,13 @@ METHODS = {
         *(*ALL_WEIGHTS, "optimizer.lr=2e-5", "optimizer.directions=1"),
         "optimizer.sampler={name: uniform, sparsity: 0.75}",
     ],
-    "adalezo": [
-        *(*ALL_WEIGHTS, "optimizer.lr=2e-5", "optimizer.directions=1"),
-        "optimizer.sampler={name: adalezo, ratio: 0.2}",
-    ],
-    "adalezo:4": [
-        *(*ALL_WEIGHTS, "optimizer.lr=4e-5", "optimizer.directions=4"),
-        "optimizer.sampler={name: adalezo, ratio: 0.2}",
-    ],
-    "adalezo:16": [
-        *(*ALL_WEIGHTS, "optimizer.lr=8e-5", "optimizer.directions=16"),
-        "optimizer.sampler={name: adalezo, ratio: 0.2}",
-    ],
+    **{
+        name: [
+            *(*ALL_WEIGHTS, f"optimizer.lr={lr}", f"optimizer.directions={directions}"),
+            "optimizer.sampler={name: adalezo, ratio: 0.2}",
+        ]
+        for name, directions, lr in (("adalezo", 1, 2e-5), ("adalezo:4", 4, 4e-5), ("adalezo:16", 16, 8e-5))
+    },
     "quickstart": [],
     # Fewer directions have a rate by the root of their number; for more of them twice the rate diverges.
     "quickstart:1": ["optimizer.directions=1", "optimizer.lr=1.8e-3"],

@@ -106,16 +106,17 @@ def settings_of(engine: str, folder: Path) -> list[str]:
     """The overrides that choose an engine; with nvme, partitions lie in `folder`."""
     if engine == "fsdp2":
         return ["engine.kind=fsdp2"]
-    ds_config = json.loads((ROOT / "configs" / "ds_zero3.json").read_text())
+    path = ROOT / "configs" / "ds_zero3.json"
     if engine == "nvme":
+        ds_config = json.loads(path.read_text())
         ds_config["zero_optimization"]["offload_param"] = {
             "device": "nvme",
             "nvme_path": str(folder / "nvme"),
             "buffer_count": 5,
             "buffer_size": 150_000_000,
         }
-    path = folder / f"{engine}.json"
-    path.write_text(json.dumps(ds_config))
+        path = folder / "nvme.json"
+        path.write_text(json.dumps(ds_config))
     return ["engine.kind=deepspeed", f"engine.deepspeed={path}"]
 
 

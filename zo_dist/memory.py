@@ -43,13 +43,14 @@ def freed_at_once() -> Iterator[None]:
     Buffers between memory that stays would leave holes, too small for the next, of which the steps that come
     after fill each in turn.
     """
-    for libc in _keeping[:1]:
-        libc.mallopt(M_MMAP_THRESHOLD, _AT_ONCE)
+    if not _keeping:
+        yield
+        return
+    _keeping[-1].mallopt(M_MMAP_THRESHOLD, _AT_ONCE)
     try:
         yield
     finally:
-        for libc in _keeping[:1]:
-            libc.mallopt(M_MMAP_THRESHOLD, _REUSED)
+        _keeping[-1].mallopt(M_MMAP_THRESHOLD, _REUSED)
 
 
 def peaks(device: torch.device) -> tuple[float, float]:

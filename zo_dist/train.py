@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from zo_dist.checkpoint import require_replaceable, save_model
 from zo_dist.config import Config, EngineConfig
 from zo_dist.data import RunData, load_data
-from zo_dist.engines import Engine, on_each_node_first, select
+from zo_dist.engines import Engine, first_of_node, on_each_node_first, select
 from zo_dist.files import write_whole
 from zo_dist.learn_scale import Learning, learn_scale, require_one_process
 from zo_dist.loop import ROW_LOSSES, Loop, build_batches, require_objective, score, score_of
@@ -66,7 +65,7 @@ def prepare(config: Config, ranks: Engine) -> Prepared:
             "forward of each batch: use fsdp2 or deepspeed"
         )
     with ranks.jointly():
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if first_of_node():
             check_saved(config.model)
     model = load_model(config, hf_config, ranks.device, ranks.rank, ranks.num_ranks)
     return Prepared(model, tokenizer, data)

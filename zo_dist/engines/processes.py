@@ -82,6 +82,11 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
+def first_of_node() -> bool:
+    """Is this the first rank of its machine? Launchers say so; a process by itself is."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def on_each_node_first(job: Callable[[], T]) -> T:
     """Run `job` on the first rank of each node, then on the others: for downloads into a cache.
 
@@ -89,7 +94,7 @@ def on_each_node_first(job: Callable[[], T]) -> T:
     """
     if not dist.is_initialized():
         return job()
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    first = first_of_node()
     error: Exception | None = None
     result: list[T] = []
     for turn in (True, False):
