@@ -35,7 +35,8 @@ class Reference:
     its `options` (sparsity; ratio, tau, gamma, alpha, clip, weigh_both; draws, memory, spread). `rule`,
     `shape`: what becomes of an estimate and of slopes, by the names of `move` and `shaped`. `share`: how many
     of each matrix's weights, the smallest when this is made, are trained. With the estimator
-    `three_sided` it is HiZOO, with `smoothing`, and has no anchor. `anchor`: every how many steps one is
+    `three_sided` it is HiZOO, with `smoothing`, and has no anchor; a law with a momentum is ZO-AdaMU where it
+    may be, else it has none. `anchor`: every how many steps one is
     dropped, with how many directions, and the ratio of learning rates. `projection`: of all parameters.
     `conservative`: each direction's part of the write is tried first.
     """
@@ -75,6 +76,9 @@ class Reference:
         self.rounding, self.weight_decay, self.estimator = rounding, weight_decay, estimator
         self.conservative, self.all_kept = conservative, list[float]()
         anchor = None if estimator == "three_sided" else anchor
+        steered = estimator == "three_sided" or anchor or conservative
+        self.momentum: Any = None if steered else named.get("perturbation_momentum")
+        self.carried = {name: torch.zeros(p.shape) for name, p in self.weights().items()}  # ZO-AdaMU's c
         self.rule, self.all_slopes = rule, list[list[float]]()
         self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
         self.options = {"sparsity": 0.75, "ratio": 0.2, "tau": 0.6, "gamma": 0.1, "alpha": 0.1, "clip": 4.0}
@@ -185,6 +189,40 @@ class Reference:
         left, right = self.left(name, [(direction, 1.0)]), self.right(name, self.step_number)
         return thin_product(left, right).float().view(shape)
 
+    def direction(self, name: str, direction: int) -> Tensor:
+        """What a probe shifts by."""
+        if self.momentum is None:
+            return self.z(name, direction) / square_root(self.curvature[name])
+        x, y = self.mixed(name, direction)
+        _, b1, _ = self.shares()
+        return x * b1 + y * (1 - b1)
+
+    # ZO-AdaMU: part of a direction is around the one before
+
+    def shares(self) -> list[float]:
+        momentum = self.momentum
+        done = (self.step_number - momentum.begin) / (momentum.end - momentum.begin)
+        new = twelve_bits((1 + math.cos(math.pi * min(max(done, 0), 1))) / 2)
+        return [least + (1 - least) * new for least in (momentum.uncertainty, momentum.beta1, momentum.beta2)]
+
+    def mixed(self, name: str, direction: int) -> tuple[Tensor, Tensor]:
+        a, _, _ = self.shares()
+        around = self.summed(
+            f"{name}\0around", self.step_number, [(direction, 1.0)], *self.carried[name].shape
+        )
+        return self.z(name, direction) * math.sqrt(a), around * math.sqrt(1 - a) + self.carried[name]
+
+    def carry(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
+        """The estimate, each direction over the root of its squares; and c for the next."""
+        estimate, carried = torch.zeros(self.carried[name].shape), torch.zeros(self.carried[name].shape)
+        _, _, b2 = self.shares()
+        for direction, scale in terms:
+            (x, y), u = self.mixed(name, direction), self.direction(name, direction)
+            estimate += u / square_root(x * x * b2 + y * y * (1 - b2) + 1e-8) * torch.tensor(scale)
+            carried += u if scale >= 0 else -u
+        self.carried[name].copy_(carried / len(terms))
+        return estimate
+
     # Orthogonal: z = the z of direction 0 where the digits that a direction and a number share are even
 
     def plain(self, name: str) -> Tensor:
@@ -285,6 +323,8 @@ class Reference:
     ) -> Tensor:
         """What the rule makes of it."""
         weight, moments = self.weights()[name], self.moments[name]
+        if self.momentum:
+            return moments.move(self.rule, self.carry(name, terms))
         of_a_side = self.low_rank is not None and weight.ndim > 1
         fixed = of_a_side and self.low_rank.fixed
         factored = (self.rule == "lozo_m" and of_a_side) or (self.rule == "tezo_adam" and fixed)
@@ -328,7 +368,7 @@ class Reference:
         for name, weight in weights.items():
             moved = weight.float()
             if name in lengths and sign:
-                z = self.z(name, direction) / square_root(self.curvature[name])
+                z = self.direction(name, direction)
                 z = torch.where(weight.abs() <= self.highest[name], z, 0.0)
                 moved = moved + z * torch.tensor(sign * self.eps * lengths[name])
             self._shifted[name].copy_(moved)
@@ -484,7 +524,8 @@ class Reference:
         weight, moments = self.weights()[name], self.moments[name]
         trained, before = weight.abs() <= self.highest[name], weight.clone()
         kept = {key: tensor.clone() for key, tensor in moments.tensors().items()}
-        kept["lost"], kept["curvature"] = self.lost[name].clone(), self.curvature[name].clone()
+        others = {"lost": self.lost, "curvature": self.curvature, "carried": self.carried}
+        kept |= {key: of[name].clone() for key, of in others.items()}
         if bends:
             # The log has curvatures in float32.
             bends = [(d, *torch.tensor([c, share]).tolist()) for d, c, share in bends]
@@ -502,8 +543,7 @@ class Reference:
             exact = exact * (1.0 - self.lr * self.weight_decay)
         self.put(name, exact - move * self.lr)
         weight[~trained] = before[~trained]
-        others = {"lost": self.lost[name], "curvature": self.curvature[name]}
-        for key, tensor in {**moments.tensors(), **others}.items():
+        for key, tensor in {**moments.tensors(), **{key: of[name] for key, of in others.items()}}.items():
             tensor[~trained] = kept[key][~trained]
 
     def put(self, name: str, exact: Tensor) -> None:

@@ -82,6 +82,13 @@ NOISES: dict[str, dict[str, Any]] = {
     "flipout": {"noise": "rademacher", "structure": zo_dist.Flipout()},
     "grzo": {"noise": "gaussian", "structure": zo_dist.Flipout()},
     "orthogonal": {"noise": "rademacher", "structure": zo_dist.Orthogonal()},
+    "zo_adamu": {
+        "noise": "gaussian",
+        # All three parts of its schedule are within 20 steps.
+        "perturbation_momentum": zo_dist.PerturbationMomentum(
+            uncertainty=0.25, beta1=0.5, beta2=0.25, begin=2, end=12
+        ),
+    },
 }
 # What `mask` is, and the share that the reference trains.
 MASKS: dict[str, zo_dist.SmallWeights | None] = {"all": None, "small": zo_dist.SmallWeights(share=0.4)}
@@ -175,6 +182,12 @@ def anchor_for(anchor: str, estimator: str) -> str:
     return "none" if estimator == "three_sided" else anchor
 
 
+def noise_for(noise: str, estimator: str, anchored: bool, conservative: bool = False) -> str:
+    """`noise`, or what it is without a momentum where directions cannot have one."""
+    refused = estimator == "three_sided" or anchored or conservative
+    return "gaussian" if refused and noise == "zo_adamu" else noise
+
+
 def coefficients_for(coefficients: str, directions: int, anchored: bool) -> str:
     """`coefficients`, or `raw` where these cannot be had."""
     return "raw" if anchored or (directions == 1 and coefficients in NEED_TWO) else coefficients
@@ -186,10 +199,10 @@ def rule_for(rule: str, structure: Any, curved: bool, anchored: bool) -> str:
     return rule if is_product and not curved and not anchored else OF_FULL_RANK.get(rule, rule)
 
 
-def mode_of(engine: str, num_ranks: int, mode: str, estimator: str) -> str:
-    """`mode`, or where a curvature is not held whole the one that is possible."""
+def mode_of(engine: str, num_ranks: int, mode: str, steered: bool) -> str:
+    """`mode`, or where directions are steered and not held whole the one that is possible."""
     sharded = num_ranks > 1 and engine.startswith(("fsdp2", "hsdp", "zero3", "tp")) and engine != "hsdp_2x1"
-    return "shard" if sharded and estimator == "three_sided" else mode
+    return "shard" if sharded and steered else mode
 
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
@@ -197,13 +210,14 @@ def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
 
     With `three_sided` it has a curvature, and no anchor.
     """
-    noise = options.pop("noise", "rademacher")
+    options["mask"] = MASKS[options.get("mask", "all")]
+    estimator = options.get("estimator", "two_sided")
+    if isinstance(options.get("anchor", "none"), str):
+        options["anchor"] = ANCHORS[anchor_for(options.get("anchor", "none"), estimator)]
+    apart = estimator, options["anchor"] is not None, options.get("conservative", False)
+    noise = noise_for(options.pop("noise", "rademacher"), *apart)
     # What is no name here is ZeroOrder's to refuse.
     options.update(NOISES.get(noise, {"noise": noise}))
-    options["mask"] = MASKS[options.get("mask", "all")]
-    if isinstance(options.get("anchor", "none"), str):
-        estimator = options.get("estimator", "two_sided")
-        options["anchor"] = ANCHORS[anchor_for(options.get("anchor", "none"), estimator)]
     if isinstance(options.get("projection"), str):
         options["projection"] = PROJECTIONS[options["projection"]]
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()

@@ -221,7 +221,7 @@ def test_each_probe_is_shifted_by_z_over_the_root(law: str, dtype: torch.dtype) 
     clean = weight.detach().view(-1)
     curvature.begin([Span("w", clean, 0)], [], "shard")
     curvature.kept["w"].copy_(torch.rand(630, generator=torch.Generator().manual_seed(0)) * 4 + 0.1)
-    shifts = Shifts(noise, 3, EPS, curvature=curvature)
+    shifts = Shifts(noise, 3, EPS, steering=curvature)
     sides = [Probe(1, sign, frozenset({"w"})) for sign in (1.0, -1.0)]
     z = noise.values("w", 3, 1, 0, 630)
     root = curvature.kept["w"].double().sqrt().float()
@@ -239,7 +239,7 @@ def test_each_probe_is_shifted_by_z_over_the_root(law: str, dtype: torch.dtype) 
     part.begin([Span("w", clean[100:], 100)], [], "shard")
     part.kept["w"].copy_(curvature.kept["w"][100:])
     out = torch.empty(530, dtype=dtype)
-    Shifts(noise, 3, EPS, curvature=part).copies([out], clean[100:], "w", sides[:1], 100)
+    Shifts(noise, 3, EPS, steering=part).copies([out], clean[100:], "w", sides[:1], 100)
     assert torch.equal(out, expected[0][100:])
 
 
@@ -278,7 +278,7 @@ def test_chunks_leave_the_same_bits(chunk: int, monkeypatch: pytest.MonkeyPatch)
     expected = make(perturb="shard")
     step(expected, 3)
     monkeypatch.setattr("zo_dist.update._CHUNK", chunk)
-    monkeypatch.setattr("zo_dist.curvature._CHUNK", chunk)
+    monkeypatch.setattr("zo_dist.steering._CHUNK", chunk)
     for compiled in (False, True):
         optimizer = make(perturb="shard", compile=compiled)
         step(optimizer, 3)
@@ -307,7 +307,7 @@ def test_h_is_in_the_log_and_in_a_snapshot(tmp_path: Path) -> None:
     taken = make(**options)
     taken.load_state_dict(ran.state_dict())
     assert digest(taken.curvature.kept) == digest(ran.curvature.kept)
-    with pytest.raises(ValueError, match="another rule, rounding, curvature or anchor"):
+    with pytest.raises(ValueError, match="another rule, rounding, curvature, perturbation"):
         make(**{**options, "estimator": "two_sided"}).load_state_dict(ran.state_dict())
     with pytest.raises(TrajectoryError, match=r"curvature is .*0.5.* here, but was .*0.125"):
         replay(make(**options, smoothing=0.5), tmp_path / "log")
@@ -423,5 +423,5 @@ def test_noise_is_what_a_curvature_divides() -> None:
     probe = [Probe(0, 1.0, frozenset({"w"}))]
     one, other = torch.empty(300), torch.empty(300)
     Shifts(noise, 0, EPS).copies([one], weight, "w", probe)
-    Shifts(noise, 0, EPS, curvature=curvature).copies([other], weight, "w", probe)
+    Shifts(noise, 0, EPS, steering=curvature).copies([other], weight, "w", probe)
     assert torch.equal(one, other)

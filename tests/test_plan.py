@@ -125,6 +125,7 @@ STATES = {
     "projection": ({"projection": {"every": 10, "parameters": None}}, 2),
     "projection_on_cpu": ({"projection": {"every": 10, "parameters": None, "on_cpu": True}}, 0),
     "curvature": ({"estimator": "three_sided", "curvature": {"smoothing": 0.1}, "perturb": "shard"}, 4),
+    "perturbation momentum": ({"perturbation_momentum": {}, "perturb": "shard"}, 4),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zo_dist.anchor import Anchor
+from zo_dist.carried import PerturbationMomentum
 from zo_dist.coefficients import Clip, Raw, RootMeanSquare, SignOnly, Standardise
 from zo_dist.curvature import DiagonalCurvature
 from zo_dist.engines import DesyncError, pipeline
@@ -43,6 +44,7 @@ __all__ = [
     "Objective",
     "OneSided",
     "Orthogonal",
+    "PerturbationMomentum",
     "Projection",
     "Raw",
     "RootMeanSquare",

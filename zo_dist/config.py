@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from zo_dist.anchor import Anchor, Anchored
+from zo_dist.carried import Carried, PerturbationMomentum
 from zo_dist.curvature import Curvature, DiagonalCurvature
 from zo_dist.estimators import Estimator, OneSided, ThreeSided, TwoSided
 from zo_dist.laws import Law
@@ -175,7 +176,8 @@ class OptimizerConfig:
 
     `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `structure`: of the noise of a matrix; null is
     none. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter. `curvature`: see
-    `zo_dist.DiagonalCurvature`; null perturbs all weights alike. It goes with `three_sided`. `anchor`: see
+    `zo_dist.DiagonalCurvature`; null perturbs all weights alike. It goes with `three_sided`.
+    `perturbation_momentum`: see `zo_dist.PerturbationMomentum`; null draws each direction anew. `anchor`: see
     `zo_dist.Anchor`; null has none. `projection`: see `zo_dist.Projection`; null never projects. `arms`: a
     regular expression for arms finer than a layer; null has none. `conservative` needs `model.dtype:
     float32`.
@@ -196,6 +198,7 @@ class OptimizerConfig:
     structure: AnyStructure | None = None
     mask: SmallWeights | None = None
     curvature: DiagonalCurvature | None = None
+    perturbation_momentum: PerturbationMomentum | None = None
     anchor: Anchor | None = None
     arms: str | None = None
     projection: Projection | None = None
@@ -226,6 +229,7 @@ class OptimizerConfig:
         curvature.require(self.build_estimator(), self.scale.build(), rule, self.sampler.build())
         anchor = Anchored(self.anchor)
         anchor.require(coefficients, rule, curvature)
+        Carried(self.perturbation_momentum).require(curvature, structure, anchor, self.conservative)
         Projected(self.projection).require(anchor, self.build_estimator())
         if self.conservative:
             require_trials(rule, curvature, anchor, self.build_estimator())

@@ -14,18 +14,14 @@ from torch import Tensor
 
 from zo_dist.estimators import Estimator, ThreeSided
 from zo_dist.noise import Noise
-from zo_dist.params import Param, Span
-from zo_dist.part import Part
 from zo_dist.rules import Rule, square_root
 from zo_dist.samplers import Sampler
 from zo_dist.scale import Scale
+from zo_dist.steering import Drawing, Steering, drawing_of
 from zo_dist.trajectory import StepRecord
 
 # H stays between these, so that neither it nor a direction becomes 0 or infinite, whatever losses say.
 LOWEST, HIGHEST = 2.0**-64, 2.0**64
-
-# Elements whose noise is held at a time, in float32.
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +39,7 @@ class DiagonalCurvature:
             raise ValueError(f"smoothing is {self.smoothing}; it must lie in [0, 1)")
 
 
-class Curvature(Part):
+class Curvature(Steering):
     """H of the weights that this rank holds: float32, 1 at the start, sharded as they are.
 
     Before a weight is written,
@@ -66,11 +62,11 @@ class Curvature(Part):
     paper as summarised by others, its text being out of our reach, and of UnifiedZO's code.
     """
 
+    begins_at = 1.0
+
     def __init__(self, diagonal: DiagonalCurvature | None = None) -> None:
+        super().__init__()
         self.smoothing = None if diagonal is None else diagonal.smoothing
-        # By canonical name, and where in the weight each begins.
-        self.kept: dict[str, Tensor] = {}
-        self._first: dict[str, int] = {}
 
     @property
     def used(self) -> bool:
@@ -108,56 +104,11 @@ class Curvature(Part):
                 "of which could have a momentum; set factored to false, or leave out the curvature"
             )
 
-    def begin(self, spans: Sequence[Span], params: Sequence[Param], perturb: str) -> None:
-        """Make what is kept: called once, by `ZeroOrder`.
-
-        ValueError where weights are to be shifted whole, and this rank holds only a part of them.
-        """
-        if not self.used:
-            return
-        self.kept = {span.name: torch.ones_like(span.flat, dtype=torch.float32) for span in spans}
-        self._first = {span.name: span.offset for span in spans}
-        parts = [p.name for p in params if p.numel and len(self.kept.get(p.name, ())) != p.numel]
-        if perturb == "module" and parts:
-            raise ValueError(
-                "perturb is 'module', which shifts whole weights, but this rank holds the curvature of only "
-                f"a part of {parts[0]}, as the model is sharded: use perturb: shard"
-            )
-
-    def of(self, name: str, offset: int, numel: int) -> Tensor:
-        """H of elements `offset ...` of a weight, which this rank holds."""
-        start = offset - self._first[name]
-        return self.kept[name][start : start + numel]
-
-    def shift(
-        self,
-        outs: Sequence[Tensor],
-        weight: Tensor,
-        noise: Noise,
-        name: str,
-        step: int,
-        direction: int,
-        offset: int,
-        scales: Sequence[float],
-    ) -> None:
-        """As `Noise.shift`, along `z / sqrt(H)`."""
-        for start in range(0, weight.numel(), _CHUNK):
-            piece = weight[start : start + _CHUNK]
-            z = _noise(noise, piece, name, step, direction, offset + start)
-            z /= square_root(self.of(name, offset + start, piece.numel())).to(z.device)
-            exact = piece.to(torch.float32)
-            for out, scale in zip(outs, scales, strict=True):
-                out[start : start + _CHUNK] = exact + z * scale
-
-    def shift_rows(
-        self, table: Tensor, rows: Tensor, noise: Noise, name: str, step: int, direction: int, scale: float
-    ) -> Tensor:
-        """As `Noise.shift_rows`, along `z / sqrt(H)`."""
-        nothing = torch.zeros(1, 1, device=table.device).expand(table.shape)
-        z = noise.shift_rows(nothing, rows, name, step, direction, 1.0)
-        h = self.of(name, 0, table.numel()).view(table.shape)
-        z /= square_root(h[rows.to(h.device)]).to(z.device)
-        return (table[rows].to(torch.float32) + z * scale).to(table.dtype)
+    def along(self, drawing: Drawing, kept: Tensor, name: str, step: int) -> Tensor:
+        """`z / sqrt(H)`."""
+        z = drawing(name)
+        z /= square_root(kept).to(z.device)
+        return z
 
     def terms(self, record: StepRecord) -> Mapping[int, list[tuple[int, float]]]:
         """For each arm that was drawn, `(direction, c)`, c being times its share of the rows that did."""
@@ -170,28 +121,22 @@ class Curvature(Part):
             of_arms[arm] = [(direction, c * weight / total) for direction, c, weight in shared]
         return of_arms
 
-    def precondition(
+    def steer(
         self,
         estimate: Tensor,
-        h: Tensor,
+        kept: Tensor,
         noise: Noise,
         name: str,
         step: int,
         terms: Sequence[tuple[int, float]],
+        bends: Sequence[tuple[int, float]],
         offset: int,
     ) -> None:
-        """Learn from a step, in place: H from `terms`, and then `estimate / sqrt(H)`. Both are float32."""
+        """Learn H, and then `estimate / sqrt(H)`."""
         assert self.smoothing is not None
-        growth = torch.full_like(h, -self.smoothing)
-        for direction, c in terms:
-            z = _noise(noise, h, name, step, direction, offset)
+        growth = torch.full_like(kept, -self.smoothing)
+        for direction, c in bends:
+            z = drawing_of(noise, kept, step, direction, offset)(name)
             growth += (z * z) * (self.smoothing * c)
-        h.add_(h * growth).clamp_(LOWEST, HIGHEST)
-        estimate /= square_root(h)
-
-
-def _noise(noise: Noise, like: Tensor, name: str, step: int, direction: int, offset: int) -> Tensor:
-    """float32, as long as `like`: z of elements `offset ...`."""
-    z = torch.zeros_like(like, dtype=torch.float32)
-    noise.accumulate(z, name, step, [(direction, 1.0)], offset)
-    return z
+        kept.add_(kept * growth).clamp_(LOWEST, HIGHEST)
+        estimate /= square_root(kept)

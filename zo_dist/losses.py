@@ -96,7 +96,7 @@ class Losses(Startup):
             for p in self.arms[arm].params
         }
         perturbation: ModulePerturbation | ShardPerturbation
-        of_step = self.noise, step, eps, self.factors, self.mask, self.curvature, lengths
+        of_step = self.noise, step, eps, self.factors, self.mask, self.steering, lengths
         shifts = Shifts(*of_step, self.clock)
         if self.perturb == "module":
             union = {p.name: p for params in drawn for p in params}

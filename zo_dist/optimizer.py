@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist.anchor import Anchor, Anchored
+from zo_dist.carried import Carried, PerturbationMomentum
 from zo_dist.clock import Clock
 from zo_dist.coefficients import Coefficients, Raw
 from zo_dist.curvature import Curvature, DiagonalCurvature
@@ -61,9 +62,10 @@ class ZeroOrder(Losses):
     `directions`: how many are tested per step, over all ranks; `directions_per_row`: how many of them by each
     row of `step_batch`. `sampler`: which arms each of them draws;
     `estimator`, `coefficients`, `rule`: from losses to slopes, to what counts of them, to the move of the
-    weights; `noise`, `structure`, `scale`, `curvature`, `mask`: the directions themselves; `anchor`: a point
-    to compare with; `projection`: steps back to the start (docs/methods.md has them all). A `curvature`
-    implies `ThreeSided`. `arms`: a regular expression for arms finer than a layer (`params.group_arms`).
+    weights; `noise`, `structure`, `scale`, `curvature`, `perturbation_momentum`, `mask`: the directions
+    themselves; `anchor`: a point to compare with; `projection`: steps back to the start (docs/methods.md has
+    them all). A `curvature` implies `ThreeSided`. `arms`: a regular expression for arms finer than a layer
+    (`params.group_arms`).
     `conservative`: what a direction writes is tried first, by its rows, and kept, turned round or left
     (ZO-SGD-Cons, arXiv 2402.11592); it needs float32 weights, `SGD`, and a second round of three forwards.
     `perturb`: `module` shifts a weight in a scratch copy while the module that owns it runs; `shard` shifts
@@ -96,6 +98,7 @@ class ZeroOrder(Losses):
         structure: Structure | None = None,
         mask: SmallWeights | None = None,
         curvature: DiagonalCurvature | None = None,
+        perturbation_momentum: PerturbationMomentum | None = None,
         anchor: Anchor | None = None,
         arms: str | None = None,
         projection: Projection | None = None,
@@ -141,6 +144,9 @@ class ZeroOrder(Losses):
             self.curvature.require(self.estimator, self.scale, self.rule, self.sampler)
             self.anchor = Anchored(anchor)
             self.anchor.require(self.coefficients, self.rule, self.curvature)
+            self.carried = Carried(perturbation_momentum)
+            self.carried.require(self.curvature, structure, self.anchor, conservative)
+            self.steering = self.carried if self.carried.used else self.curvature
             self.anchor.bind(sizes, self.noise, directions)
             if self.anchor.every:
                 require_groups(self.anchor.directions, directions_per_row, "anchor.directions")
@@ -156,7 +162,7 @@ class ZeroOrder(Losses):
             if self.rule.factored:
                 self.noise.require_factor(self.rule.lasting)
             self.rule.begin([self.noise.factor_span(s) for s in spans] if self.rule.factored else spans)
-            self.curvature.begin(spans, self.engine.here(self.params), perturb)
+            self.steering.begin(spans, self.engine.here(self.params), perturb)
             self.anchor.begin(spans)
             self.projection.begin(spans, self.params)
             self.writes, self.written = [0] * len(self.arms), [-1] * len(self.arms)
@@ -273,7 +279,7 @@ class ZeroOrder(Losses):
         terms, curved = record.terms, self.curvature.terms(record)
         of_anchor = self.anchor.terms(record, draws)
         parts = self.rule, self.rounding, self.noise
-        write = Write(*parts, record.step, record.lr, self.mask, self.curvature)
+        write = Write(*parts, record.step, record.lr, self.mask, self.steering)
         params = {p.name: (p, arm) for arm in sorted(terms) for p in self.arms[arm].params}
         for arm in terms:
             self.writes[arm] += 1

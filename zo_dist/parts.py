@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist.clock import Clock
-from zo_dist.curvature import Curvature
 from zo_dist.kernels import EAGER_CHUNK, part_of
 from zo_dist.mask import Mask
 from zo_dist.noise import Noise
 from zo_dist.params import Runs
 from zo_dist.runs import in_runs
+from zo_dist.steering import Steering
 
 # An embedding of at least so many rows for each token is shifted where it is looked up.
 _FEW = 8
@@ -42,7 +42,7 @@ class Shifts:
     """Weights at the probes of one step.
 
     `eps` is the perturbation size, `step` keys the noise, `factors` are those of `Scale`, by name,
-    `curvature` divides the noise of each weight, `lengths` are those of draws, by direction and name. What
+    `steering` makes directions of noise, `lengths` are those of draws, by direction and name. What
     `mask` leaves out is as it was. `clock` is told what shifting takes.
     """
 
@@ -51,7 +51,7 @@ class Shifts:
     eps: float
     factors: Mapping[str, float] = field(default_factory=dict)
     mask: Mask = field(default_factory=Mask)
-    curvature: Curvature = field(default_factory=Curvature)
+    steering: Steering = field(default_factory=Steering)
     lengths: Mapping[tuple[int, str], float] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
 
@@ -71,8 +71,8 @@ class Shifts:
         scales = [self.size(name, probe) for probe in probes]
         where = name, self.step, probes[0].direction, offset
         with self.clock.on("perturb"):
-            if self.curvature.used:
-                self.curvature.shift(outs, flat, noise, *where, scales)
+            if self.steering.used:
+                self.steering.shift(outs, flat, noise, *where, scales)
             else:
                 noise.shift(outs, flat, *where, scales)
             self.mask.put_back(outs, flat, name)
@@ -81,13 +81,13 @@ class Shifts:
         """`[len(ids), width]`: these rows of a whole matrix as `copies` shifts them, but for the mask."""
         where = name, self.step, probe.direction, self.size(name, probe)
         with self.clock.on("perturb"):
-            if self.curvature.used:
-                return self.curvature.shift_rows(table, ids, self.noise, *where)
+            if self.steering.used:
+                return self.steering.shift_rows(table, ids, self.noise, *where)
             return self.noise.shift_rows(table, ids, *where)
 
     def are_thin(self, name: str) -> bool:
         """Is what is added to this weight the product of two thin matrices?"""
-        return self.noise.has_sides(name) and not self.mask.cuts(name) and not self.curvature.used
+        return self.noise.has_sides(name) and not self.mask.cuts(name) and not self.steering.used
 
     def size(self, name: str, probe: Probe) -> float:
         """What the noise of a parameter is multiplied by."""

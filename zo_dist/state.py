@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zo_dist.anchor import Anchored
+from zo_dist.carried import Carried
 from zo_dist.curvature import Curvature
 from zo_dist.estimators import Estimator
 from zo_dist.noise import Noise
@@ -16,6 +17,7 @@ from zo_dist.part import Part
 from zo_dist.projection import Projected
 from zo_dist.rounding import Rounding16
 from zo_dist.rules import Rule
+from zo_dist.steering import Steering
 from zo_dist.trials import Trials
 
 
@@ -29,6 +31,8 @@ class Stateful(torch.optim.Optimizer):
     rule: Rule
     rounding: Rounding16
     curvature: Curvature
+    carried: Carried
+    steering: Steering
     anchor: Anchored
     projection: Projected
     trials: Trials | None
@@ -60,14 +64,14 @@ class Stateful(torch.optim.Optimizer):
     @property
     def parts(self) -> dict[str, Part]:
         """What makes a write of slopes, by name: with these, and noise and rounding, a log is replayed."""
-        names = ("sampler", "coefficients", "rule", "scale", "mask", "curvature", "anchor", "projection")
-        return {name: getattr(self, name) for name in names}
+        names = ["sampler", "coefficients", "rule", "scale", "mask", "curvature", "carried", "anchor"]
+        return {name: getattr(self, name) for name in [*names, "projection"]}
 
     @property
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """What this rank keeps beside its spans: by what it is, and by canonical name."""
-        kept = {"lost": self.rounding.lost, "curvature": self.curvature.kept, "anchor": self.anchor.weights}
-        return kept | {"start": self.projection.weights} | self.rule.kept
+        kept = {"lost": self.rounding.lost, "anchor": self.anchor.weights, "start": self.projection.weights}
+        return kept | {"curvature": self.curvature.kept, "carried": self.carried.kept} | self.rule.kept
 
     @property
     def scalars(self) -> dict[str, Any]:
@@ -105,8 +109,9 @@ class Stateful(torch.optim.Optimizer):
         mine = tensors_of(self.beside)
         if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in mine.items()}:
             raise ValueError(
-                "the saved state is of other shards, or of another rule, rounding, curvature or anchor, or "
-                f"projection: it holds {sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} "
+                "the saved state is of other shards, or of another rule, rounding, curvature, "
+                "perturbation momentum, anchor or projection: it holds "
+                f"{sorted({kind for kind, _ in saved}) or 'nothing'} of {len(saved)} "
                 f"spans, this rank has {sorted({kind for kind, _ in mine}) or 'nothing'} of {len(mine)}"
             )
         self.scalars = state_dict["scalars"]

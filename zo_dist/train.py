@@ -98,6 +98,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         structure=None if settings.structure is None else settings.structure.build(),
         mask=settings.mask,
         curvature=settings.curvature,
+        perturbation_momentum=settings.perturbation_momentum,
         anchor=settings.anchor,
         arms=settings.arms,
         projection=settings.projection,

@@ -27,7 +27,7 @@ import torch
 from zo_dist.files import append_whole, naming, write_whole
 from zo_dist.samplers import Draw
 
-MAGIC, VERSION = b"zo_dist\n", 4
+MAGIC, VERSION = b"zo_dist\n", 5
 
 _U32, _STEP, _LOSSES = struct.Struct("<I"), struct.Struct("<QdH"), struct.Struct("<dd")
 _DIRECTION, _CURVATURE = struct.Struct("<dfB"), struct.Struct("<ff")

@@ -2,7 +2,7 @@
 
 A chunk at a time, the noise of every direction is added up in float32 while the chunk is in cache, the
 rule makes a move of the sum, and the new weights are rounded. SGD has this fused into one kernel,
-but not where a mask leaves some weights out or a curvature divides the sum.
+but not where a mask leaves some weights out or directions are steered.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from zo_dist import native
-from zo_dist.curvature import Curvature
 from zo_dist.mask import Mask
 from zo_dist.noise import GROUP, NOISE, ROUNDING, Noise, to_device
 from zo_dist.params import Param, Span
 from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Adam, Rule, square_root
 from zo_dist.runs import in_runs
+from zo_dist.steering import Steering
 from zo_dist.thin import SquareSum, Thin
 
 # Elements per pass and core: their float32 sums stay in its cache over all directions. A GPU takes
@@ -41,7 +41,7 @@ class Write:
     step: int
     lr: float
     mask: Mask = field(default_factory=Mask)
-    curvature: Curvature = field(default_factory=Curvature)
+    steering: Steering = field(default_factory=Steering)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,9 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
     """
     rule, rounding, step = write.rule, write.rounding, write.step
     noise = in_runs(write.noise, span.offset, span.runs)
-    mask, curvature = write.mask, write.curvature
-    # The fused forms know one step, no mask, no curvature, and no noise that is made of two sides.
-    plain = not (mask.cuts(span.name) or curvature.used or noise.has_sides(span.name) or terms.earlier)
+    mask, steering = write.mask, write.steering
+    # The fused forms know one step, no mask, no steering, and no noise that is made of two sides.
+    plain = not (mask.cuts(span.name) or steering.used or noise.has_sides(span.name) or terms.earlier)
     fused = type(rule) is SGD and plain and span.runs is None
     remaining = rule.remaining(write.lr, param.shape)
     if fused and noise.in_native(span.flat):
@@ -93,8 +93,8 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
         inputs = (flat,) if lost is None else (flat, lost)
         keeps = () if moved else rule.keeps
         kept = [rule.kept[key][span.name][start : start + chunk] for key in keeps]
-        h = curvature.of(span.name, offset, flat.numel()) if curvature.used else None
-        with mask.kept(flat, [t for t in (lost, *kept, h) if t is not None], span.name):
+        steered = steering.of(span.name, offset, flat.numel()) if steering.used else None
+        with mask.kept(flat, [t for t in (lost, *kept, steered) if t is not None], span.name):
             if fused:
                 noise.combine(exact, inputs, span.name, step, terms.of_step, offset, _new_weights, (scalars,))
             else:
@@ -105,8 +105,9 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
                         exact[piece] = total
                 if terms.earlier is not None:
                     noise.accumulate(exact, span.name, *terms.earlier, offset)
-                if h is not None:
-                    curvature.precondition(exact, h, noise, span.name, step, terms.curved, offset)
+                if steered is not None:
+                    of_directions = terms.of_step, terms.curved
+                    steering.steer(exact, steered, noise, span.name, step, *of_directions, offset)
                 move = exact if moved else rule.move(exact, kept, terms.writes)
                 exact.copy_(_new_weights(move, scalars, *inputs))
             rounding.write(flat, exact, lost, span.name, step, offset, noise)

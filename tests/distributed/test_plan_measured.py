@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shard": {"directions": 3, **SHARD},
     **{f"{name}, shard": EITHER_WAY[name] | SHARD for name in ("directions per row", "conservative")},
     # Ranks that hold parts of the weights have it in this way alone.
-    "curvature": EITHER_WAY["curvature"] | SHARD,
+    **{name: EITHER_WAY[name] | SHARD for name in ("curvature", "perturbation momentum")},
 }
 
 
@@ -76,7 +76,7 @@ def counted_step(engine: str, kind: str, settings: dict[str, Any]) -> dict[str, 
     # What one rank puts in, of weights: FSDP2 and ZeRO-3 gather by the same operator as scalars.
     weights, others = split(counted.calls, dtype, 2)
     rule = [t for kept in optimizer.rule.kept.values() for t in kept.values()]
-    state = [*rule, *optimizer.curvature.kept.values(), *optimizer.anchor.weights.values()]
+    state = [*rule, *optimizer.steering.kept.values(), *optimizer.anchor.weights.values()]
     spans = optimizer.engine.spans(optimizer.params)
     return {
         "gathers": len(weights),

@@ -72,6 +72,7 @@ def in_force(combo: Combo) -> Combo:
     write, (directions, per_row), sampler, mode, noise, estimator, shape, rule, mask, besides = combo
     estimator = table.estimator_for(sampler, estimator)
     anchored = table.anchor_for(table.BESIDES[besides].get("anchor", "none"), estimator) != "none"
+    noise = table.noise_for(noise, estimator, anchored)
     shape = table.coefficients_for(shape, directions, anchored)
     structure = table.NOISES[noise].get("structure")
     rule = table.rule_for(rule, structure, estimator == "three_sided", anchored)
@@ -134,6 +135,7 @@ FEW: list[Combo] = [
     (BF16, (1, 1), "adalezo", "shard", "lozo", "two_sided", "rms", "sgd", "small", "none"),
     (F32, (3, 1), "adalezo", "module", "subzero", "two_sided", "raw", "lozo_m", "all", "none"),
     (BF16, (4, 2), "adalezo", "module", "gaussian", "three_sided", "raw", "sgd", "all", "none"),
+    (BF16, (2, 1), "uniform", "module", "zo_adamu", "two_sided", "raw", "momentum", "small", "none"),
 ]
 
 
@@ -157,6 +159,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         besides,
     ) = combo
     estimator = table.estimator_for(sampler, estimator)
+    steered = estimator == "three_sided" or noise == "zo_adamu"
     optimizer = table.optimizer(
         wrap(engine, build(kind, table.dtype_of(dtype))),
         lr=LR,
@@ -167,7 +170,7 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
         rule=rule,
         directions=directions,
         directions_per_row=per_row,
-        perturb=table.mode_of(engine, dist.get_world_size(), mode, estimator),
+        perturb=table.mode_of(engine, dist.get_world_size(), mode, steered),
         noise=noise,
         mask=mask,
         rounding=rounding,
@@ -354,7 +357,7 @@ def test_the_bits_do_depend_on_what_they_should() -> None:
         *((*base[:9], besides) for besides in table.BESIDES if besides != "none"),
     ]
     start = digest(dict(build("sequential", torch.bfloat16).named_parameters()))
-    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 33
+    assert len({start, *(bits_of_reference("sequential", c) for c in [base, *others])}) == 34
 
 
 # End to end: the losses are the model's own.

@@ -84,7 +84,7 @@ class Drawn:
 class Memory:
     """Bytes on one GPU, and `host` of a whole node for what is kept there.
 
-    `weights`: this rank's part, and buffers; `state`: of rule, curvature, anchor and projection; `lost`: what
+    `weights`: this rank's part, and buffers; `state`: of rule, steering, anchor and projection; `lost`: what
     kahan keeps; `snapshot`: of shards that are put back (`perturb: shard`, projection). The forward needs
     `gathered`, `scratch`, `activations` and `logits`, at its worst moment, together; the write needs `update`
     instead.
@@ -167,11 +167,11 @@ def memory(mode: Mode, optimizer: ZeroOrder, gathers: Gathers, drawn: Drawn, per
     noise = optimizer.noise
     optimizer.rounding.begin(spans)
     optimizer.rule.begin([noise.factor_span(s) for s in spans] if optimizer.rule.factored else spans)
-    optimizer.curvature.begin(spans, optimizer.params, mode.perturb)
+    optimizer.steering.begin(spans, optimizer.params, mode.perturb)
     optimizer.anchor.begin(spans)
     optimizer.projection.begin(spans, optimizer.params)
     state = sum(_nbytes(t) for kept in optimizer.rule.kept.values() for t in kept.values())
-    state += sum(map(_nbytes, [*optimizer.curvature.kept.values(), *optimizer.anchor.weights.values()]))
+    state += sum(map(_nbytes, [*optimizer.steering.kept.values(), *optimizer.anchor.weights.values()]))
     start = sum(map(_nbytes, optimizer.projection.weights.values()))
     state += 0 if optimizer.projection.on_cpu else start
     lost = sum(map(_nbytes, optimizer.rounding.lost.values()))
@@ -260,7 +260,7 @@ def _written_bytes(mode: Mode, optimizer: ZeroOrder, drawn: Drawn) -> float:
     spans = _spans(mode, optimizer.params)
     numel, itemsize = sum(s.numel for s in spans), spans[0].flat.element_size()
     each = 2 * itemsize + 8 * drawn.groups
-    each += 8 * len(optimizer.rule.keeps) + 8 * optimizer.curvature.used
+    each += 8 * len(optimizer.rule.keeps) + 8 * optimizer.steering.used
     if optimizer.rounding.mode == ROUNDINGS[1] and itemsize < 4:
         each += 2 * itemsize
     return drawn.union * numel * each
@@ -302,7 +302,7 @@ def _update_peak(optimizer: ZeroOrder, spans: list[Span]) -> int:
     tracer = Tracer([span.flat, *tensors_of(optimizer.beside).values()], None)
     without_values(optimizer.noise, tracer)
     parts = optimizer.rule, optimizer.rounding, optimizer.noise
-    write = Write(*parts, step=0, lr=1.0, curvature=optimizer.curvature)
+    write = Write(*parts, step=0, lr=1.0, steering=optimizer.steering)
     terms = Terms([(d, 1.0) for d in range(optimizer.directions)], curved=[(0, 1.0)])
     # Made anew and kept from write to write: it is needed by the first.
     optimizer.rounding._scratch.clear()

@@ -1,0 +1,378 @@
+"""Directions around the one before: what they are, that what is tested is moved, and what is kept of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import table
+import torch
+from injected import Injected
+from models import build, loss_of, rows_for
+from torch import Tensor, nn
+from workers import HAVE_DEEPSPEED, Pool, digest, needs_deepspeed, whole_weights, wrap
+
+import zo_dist
+from zo_dist.carried import Carried
+from zo_dist.config import load_config
+from zo_dist.noise import Noise
+from zo_dist.params import Span
+from zo_dist.parts import Probe, Shifts, looked_up
+from zo_dist.probes import Batch
+from zo_dist.replay import identity, replay
+from zo_dist.snapshot import load_snapshot, save_snapshot
+from zo_dist.trajectory import TrajectoryError, TrajectoryWriter
+
+EPS, LR, SEED = 2.0**-6, 2.0**-7, 4
+ROOT = Path(__file__).parent.parent
+
+
+def make(model: nn.Module | None = None, **options: Any) -> zo_dist.ZeroOrder:
+    shared = {"lr": LR, "eps": EPS, "seed": SEED, "self_check": False, "noise": "zo_adamu"}
+    dtype = options.pop("dtype", torch.float32)
+    model = build("sequential", dtype) if model is None else model
+    return table.optimizer(model, **{**shared, **options})
+
+
+def step(optimizer: zo_dist.ZeroOrder, steps: int = 1, loss: Any = loss_of) -> None:
+    dtype = optimizer.params[0].param.dtype
+    for _ in range(steps):
+        rows = rows_for("sequential", 6, seed=optimizer.step_count, dtype=dtype)
+        optimizer.step_batch(rows, loss)
+
+
+class Slope(nn.Module):
+    """`sum(slope * w)`, the same for each row; it remembers the weights that each forward saw."""
+
+    def __init__(self, slope: Tensor) -> None:
+        super().__init__()
+        self.slope = slope
+        self.weight = nn.Parameter(torch.zeros_like(slope))
+        self.seen: list[Tensor] = []
+
+    def forward(self, row: Tensor) -> Tensor:
+        self.seen.append(self.weight.detach().clone())
+        return (self.weight * self.slope).sum().expand(len(row))
+
+
+def slope_loss(model: nn.Module, batch: Batch) -> Tensor:
+    losses = model(batch["row"])
+    assert isinstance(losses, Tensor)
+    return losses
+
+
+def on_a_slope(slope: Tensor, momentum: zo_dist.PerturbationMomentum, **options: Any) -> zo_dist.ZeroOrder:
+    shared: dict[str, Any] = {"lr": 2.0**-3, "eps": 0.25, "noise": "gaussian", "self_check": False}
+    return zo_dist.ZeroOrder(Slope(slope), perturbation_momentum=momentum, **{**shared, **options})
+
+
+# What a direction is
+
+
+def test_the_schedule_has_three_parts() -> None:
+    carried = Carried(zo_dist.PerturbationMomentum(uncertainty=0.0, beta1=0.5, beta2=0.25, begin=4, end=12))
+    assert [carried.shares(t) for t in (0, 4)] == [(1.0, 1.0, 1.0)] * 2
+    assert carried.shares(8) == (0.5, 0.75, 0.625)
+    assert [carried.shares(t) for t in (12, 1000)] == [(0.0, 0.5, 0.25)] * 2
+    # A quarter of half a cosine, cut to 12 bits.
+    assert carried.shares(6)[0] == pytest.approx((1 + math.cos(math.pi / 4)) / 2, abs=2.0**-12)
+    never = Carried(zo_dist.PerturbationMomentum(begin=4, end=4, beta2=None))
+    assert [never.shares(t) for t in (3, 5)] == [(1.0, 1.0, None), (0.01, 0.13, None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_probe_is_shifted_by_the_mix_around_what_is_kept(dtype: torch.dtype) -> None:
+    """In a shard, in parts, and where rows are looked up: the same bits, those of the formula."""
+    weight = torch.linspace(-1, 1, 630).to(dtype)
+    noise, momentum = Noise("gaussian", SEED), table.NOISES["zo_adamu"]["perturbation_momentum"]
+    carried = Carried(momentum)
+    carried.begin([Span("w", weight, 0)], [], "shard")
+    assert not carried.kept["w"].any()
+    carried.kept["w"].normal_(generator=torch.Generator().manual_seed(0))
+    shifts = Shifts(noise, 7, EPS, steering=carried)
+    sides = [Probe(1, sign, frozenset({"w"})) for sign in (1.0, -1.0)]
+    # In the middle of its cosine, which is 1/2.
+    a, b1 = 0.625, 0.75
+    z, other = (noise.values(name, 7, 1, 0, 630) for name in ("w", "w\0around"))
+    u = z * math.sqrt(a) * b1 + (other * math.sqrt(1 - a) + carried.kept["w"]) * (1 - b1)
+    expected = [(weight.float() + u * (sign * EPS)).to(dtype) for sign in (1.0, -1.0)]
+    assert not torch.equal(*expected)
+    for start, stop in ((0, 630), (0, 100), (100, 630)):
+        outs = [torch.empty(stop - start, dtype=dtype) for _ in sides]
+        shifts.copies(outs, weight[start:stop], "w", sides, start)
+        assert all(torch.equal(out, whole[start:stop]) for out, whole in zip(outs, expected, strict=True))
+    ids = torch.tensor([[7, 0, 29], [7, 14, 15]])
+    rows = looked_up(shifts, weight.view(30, 21), "w", sides[1], ids)
+    assert torch.equal(rows, expected[1].view(30, 21)[ids])
+
+
+@pytest.mark.parametrize("mode", table.MODES)
+@pytest.mark.parametrize("directions", [1, 3])
+@pytest.mark.parametrize("beta2", [None, 0.25])
+def test_what_was_tested_is_what_is_moved(mode: str, directions: int, beta2: float | None) -> None:
+    """Undivided, to the rounding of weights of about 1 (2**-24) over eps; divided, with the same signs.
+
+    And what is kept is its mean, turned to where the loss rose.
+    """
+    slope = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.25, -1.0])
+    momentum = zo_dist.PerturbationMomentum(uncertainty=0.5, beta1=0.5, beta2=beta2, begin=1, end=6)
+    optimizer = on_a_slope(slope, momentum, directions=directions, perturb=mode)
+    model = optimizer.engine.module
+    assert isinstance(model, Slope)
+    for _ in range(9):
+        before = model.weight.detach().clone()
+        model.seen = []
+        optimizer.step_batch({"row": torch.arange(directions)}, slope_loss)
+        plus, minus = model.seen[::2], model.seen[1::2]
+        tested = [(p - m) / (2 * optimizer.eps) for p, m in zip(plus, minus, strict=True)]
+        assert len(tested) == directions
+        coefs = [scale for _, scale in optimizer.record.terms[0]]
+        turned = [math.copysign(1.0, c) * u for c, u in zip(coefs, tested, strict=True)]
+        torch.testing.assert_close(
+            optimizer.carried.kept["weight"], sum(turned) / directions, rtol=0, atol=1e-5
+        )
+        moved = (before - model.weight.detach()) / optimizer.record.lr
+        expected = sum(c * u for c, u in zip(coefs, tested, strict=True))
+        if beta2 is None:
+            torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
+        elif directions == 1:
+            assert torch.equal(moved.sign(), torch.as_tensor(expected).sign())
+
+
+def test_the_mean_of_the_estimate_has_the_gradient_and_what_is_carried() -> None:
+    """Undivided `E g u = (b1**2 a + (1 - b1)**2 (1 - a)) gradient + (1 - b1)**2 (c . gradient) c`."""
+    slope = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    a, b1, around = 0.5, 0.25, torch.tensor([0.5, 1.0, -2.0, 0.25])
+    momentum = zo_dist.PerturbationMomentum(uncertainty=a, beta1=b1, beta2=None, begin=0, end=0)
+    optimizer = on_a_slope(slope, momentum, lr=1.0, directions=4, directions_per_row=4)
+    model, taken = optimizer.engine.module, []
+    assert isinstance(model, Slope)
+    for _ in range(2000):
+        optimizer.carried.kept["weight"].copy_(around)
+        optimizer.step_batch({"row": torch.arange(1)}, slope_loss)
+        taken.append(-model.weight.detach().double())
+        model.weight.data.zero_()
+        model.seen.clear()
+    samples = torch.stack(taken)
+    of_noise, of_carried = b1 * b1 * a + (1 - b1) ** 2 * (1 - a), (1 - b1) ** 2 * float(around @ slope)
+    expected = of_noise * slope + of_carried * around
+    deviation = samples.std(0) / math.sqrt(len(samples))
+    # One that is right fails once in 1.7 million.
+    assert bool(((samples.mean(0) - expected).abs() < 5 * deviation).all())
+    # What is carried is seen: without it this would not hold.
+    assert float(((of_carried * around).abs() / deviation).max()) > 20
+
+
+def test_directions_settle_at_the_length_that_is_told() -> None:
+    """3.1 by the defaults: of 20,000 normals' squares, correlated from step to step, the mean to 2%.
+
+    Its deviation is sqrt(2 / 20000) = 1% of it.
+    """
+    momentum = zo_dist.PerturbationMomentum(begin=0, end=0)
+    optimizer = on_a_slope(torch.ones(20_000), momentum, lr=1e-6)
+    for _ in range(30):
+        optimizer.step_batch({"row": torch.arange(1)}, slope_loss)
+    squares = float(optimizer.carried.kept["weight"].square().mean())
+    kept = (1 - 0.13) ** 2
+    assert squares == pytest.approx((kept * 0.99 + 0.13**2 * 0.01) / (1 - kept), rel=0.05)
+    assert squares == pytest.approx(3.1, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", table.MODES)
+@pytest.mark.parametrize(
+    ("law", "rule", "dtype"),
+    [("gaussian", "sgd", "bfloat16"), ("rademacher", "adam", "float32"), ("gaussian", "momentum", "float16")],
+)
+@pytest.mark.parametrize("when", ["never begun", "all of it new"])
+def test_without_momentum_it_is_mezo_bit_for_bit(
+    when: str, mode: str, law: str, rule: str, dtype: str
+) -> None:
+    least = {"uncertainty": 0.5, "beta1": 0.5, "begin": 99, "end": 99}
+    if when == "all of it new":
+        least = {"uncertainty": 1.0, "beta1": 1.0, "begin": 0, "end": 0}
+    digests = []
+    for momentum in (zo_dist.PerturbationMomentum(**least, beta2=None), None):  # type: ignore[arg-type]
+        options: dict[str, Any] = {"noise": law, "rule": rule, "perturb": mode, "directions": 2}
+        optimizer = make(dtype=table.dtype_of(dtype), perturbation_momentum=momentum, **options)
+        known = Injected(mode, 2)
+        step(optimizer, 5, known)
+        digests.append(digest(whole_weights(optimizer)))
+    start = digest(dict(build("sequential", table.dtype_of(dtype)).named_parameters()))
+    assert digests[0] == digests[1] != start
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "gpt2", "sequential"])
+def test_both_modes_see_the_same_losses(kind: str) -> None:
+    kept: dict[str, Tensor] = {}
+    losses = {}
+    for mode in table.MODES:
+        momentum = zo_dist.PerturbationMomentum(uncertainty=0.5, beta1=0.5, begin=0, end=0)
+        options = {"noise": "gaussian", "perturbation_momentum": momentum, "eps": 2.0**-3}
+        optimizer = make(build(kind), perturb=mode, **options)
+        for name, c in optimizer.carried.kept.items():
+            c.copy_(kept.setdefault(name, torch.randn(c.shape)))
+        seen: list[Tensor] = []
+
+        def loss(model: nn.Module, batch: Any, seen: list[Tensor] = seen) -> Any:
+            out = loss_of(model, batch)
+            seen.append((out[0] if isinstance(out, tuple) else out).clone())
+            return out
+
+        optimizer.step_batch(rows_for(kind, 4), loss)
+        losses[mode] = torch.cat(seen)
+    # A few dozen roundings in sequence on a loss of this size, as in test_perturb.py.
+    tolerance = 64 * 2.0**-23 * float(losses["shard"].max())
+    torch.testing.assert_close(losses["module"], losses["shard"], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 7])
+def test_chunks_leave_the_same_bits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = make(perturb="shard")
+    step(expected, 5)
+    monkeypatch.setattr("zo_dist.update._CHUNK", chunk)
+    monkeypatch.setattr("zo_dist.steering._CHUNK", chunk)
+    for compiled in (False, True):
+        optimizer = make(perturb="shard", compile=compiled)
+        step(optimizer, 5)
+        assert digest(whole_weights(optimizer)) == digest(whole_weights(expected))
+        assert digest(optimizer.carried.kept) == digest(expected.carried.kept)
+
+
+# Kept and logged
+
+
+def test_what_is_kept_of_arms_that_were_not_drawn_stays() -> None:
+    optimizer = make(sampler="uniform")
+    stayed = 0
+    for _ in range(6):
+        before = {name: c.clone() for name, c in optimizer.carried.kept.items()}
+        step(optimizer)
+        drawn = set(optimizer.record.arms[0])
+        for i, arm in enumerate(optimizer.arms):
+            for param in arm.params:
+                assert torch.equal(optimizer.carried.kept[param.name], before[param.name]) == (i not in drawn)
+        stayed += len(optimizer.arms) - len(drawn)
+    assert stayed
+
+
+def test_a_skipped_step_leaves_it() -> None:
+    optimizer = make()
+    step(optimizer, 4)
+    before = digest(optimizer.carried.kept)
+    step(optimizer, 1, lambda model, batch: loss_of(model, batch) * math.nan)  # type: ignore[operator]
+    assert optimizer.skipped == 1
+    assert digest(optimizer.carried.kept) == before
+
+
+def test_it_is_in_a_snapshot_and_comes_back_from_the_log(tmp_path: Path) -> None:
+    options = {"sampler": "adalezo", "rule": "momentum", "directions": 3, "lr": 0.01, "mask": "small"}
+    ran = make(**options)
+    with TrajectoryWriter(tmp_path / "log", identity(ran)) as log:
+        for number in range(12):
+            step(ran)
+            log.append(ran.record)
+            if number == 5:
+                snapshot = save_snapshot(ran, tmp_path)
+    for start in (None, snapshot):
+        again = make(**options)
+        assert replay(again, tmp_path / "log", snapshot=start) == 12
+        assert digest(whole_weights(again)) == digest(whole_weights(ran))
+        assert digest(again.carried.kept) == digest(ran.carried.kept)
+    taken = make(**options)
+    taken.load_state_dict(ran.state_dict())
+    assert digest(taken.carried.kept) == digest(ran.carried.kept)
+    with pytest.raises(ValueError, match="another rule, rounding, curvature, perturbation momentum"):
+        make(**{**options, "noise": "gaussian"}).load_state_dict(ran.state_dict())
+    with pytest.raises(TrajectoryError, match=r"carried is .*-1.* here, but was .*0.25"):
+        replay(make(**{**options, "noise": "gaussian"}), tmp_path / "log")
+
+
+def resumed_on_rank(engine: str, snapshot: str, steps: int) -> tuple[str, float]:
+    optimizer = make(wrap(engine, build("sequential", torch.bfloat16)), perturb="shard")
+    load_snapshot(optimizer, snapshot)
+    # Every rank has the same rows, and so the same means.
+    rows, known = rows_for("sequential", 4, dtype=torch.bfloat16), Injected("shard", 1)
+    for _ in range(steps):
+        optimizer.step_batch(rows, known)
+    total = sum(float(c.double().abs().sum()) for c in optimizer.carried.kept.values())
+    return digest(whole_weights(optimizer)), total
+
+
+@needs_deepspeed
+def test_a_snapshot_goes_on_with_the_same_bits_on_every_engine(
+    pool: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    ran = make(dtype=torch.bfloat16, perturb="shard")
+    step(ran, 6)
+    snapshot = str(save_snapshot(ran, tmp_path))
+    (expected, total), *_ = pool(1).run(resumed_on_rank, "replicated", snapshot, 8)
+    for engine, ranks in (("fsdp2", 2), ("fsdp2", 3), ("zero3", 2)):
+        got = pool(ranks).run(resumed_on_rank, engine, snapshot, 8)
+        assert [of_rank[0] for of_rank in got] == [expected] * ranks
+        assert sum(of_rank[1] for of_rank in got) == pytest.approx(total, rel=1e-12)
+
+
+# Refused
+
+
+def refusal_on_rank(engine: str) -> str:
+    with pytest.raises(ValueError, match=r"perturb is 'module'.*Carried keeps.*use perturb: shard") as caught:
+        make(wrap(engine, build("sequential")))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_module_mode_is_refused_where_weights_are_sharded(pool: Callable[[int], Pool], engine: str) -> None:
+    if engine == "zero3" and not HAVE_DEEPSPEED:
+        pytest.skip("deepspeed is not installed")
+    assert all("only in part" in message for message in pool(2).run(refusal_on_rank, engine))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"curvature": zo_dist.DiagonalCurvature()},
+            "a curvature too: each of them says what a direction is",
+        ),
+        ({"structure": zo_dist.Flipout()}, "structure is Flipout.*Leave out one"),
+        ({"anchor": zo_dist.Anchor(every=3)}, "an anchor too.*leave out one"),
+        ({"conservative": True}, "conservative is true.*set conservative to false"),
+        ({"rule": zo_dist.Momentum(factored=True)}, "set factored to false"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        zo_dist.ZeroOrder(
+            build("sequential"), perturbation_momentum=zo_dist.PerturbationMomentum(), **options
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"uncertainty": 1.5}, "uncertainty is 1.5; it must lie in"),
+        ({"beta1": 0.0}, "beta1 is 0.0; .*grow without bound"),
+        ({"beta2": math.nan}, "beta2 is nan; it must lie in .* or be null"),
+        ({"begin": 5, "end": 4}, "begin is 5 and end 4; it must be 0 <= begin <= end"),
+        ({"begin": -1}, "begin is -1"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        zo_dist.PerturbationMomentum(**options)
+
+
+def test_a_config_names_it() -> None:
+    path = ROOT / "configs" / "zo_adamu_opt13b_sst2.yaml"
+    momentum = load_config(path).optimizer.perturbation_momentum
+    assert momentum == zo_dist.PerturbationMomentum()
+    with pytest.raises(ValueError, match="conservative is true"):
+        load_config(path, ["optimizer.conservative=true", "model.dtype=float32"])
+    with pytest.raises(ValueError, match="beta1 is 2"):
+        load_config(path, ["optimizer.perturbation_momentum.beta1=2.0"])

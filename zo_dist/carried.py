@@ -1,0 +1,155 @@
+"""Directions that carry on from the one before: ZO-AdaMU (arXiv 2312.15184).
+
+A number c for each weight, kept beside it: what the last direction that was written moved it by, turned to
+where the loss rose. The next direction is drawn around it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zo_dist.anchor import Anchored
+from zo_dist.curvature import Curvature
+from zo_dist.noise import Noise
+from zo_dist.rules import square_root
+from zo_dist.scale import cut
+from zo_dist.steering import Drawing, Steering, drawing_of
+from zo_dist.structure import Structure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerturbationMomentum:
+    """How much of a direction is new: ZO-AdaMU (arXiv 2312.15184). What it does is in `Carried`.
+
+    `uncertainty` in [0, 1], `beta1` in (0, 1], `beta2` in [0, 1]: what a, b1 and b2 come down to; `beta2`
+    null does not divide. All three are 1 before step `begin`, and fall along half a cosine until step `end`.
+    Defaults: the published code's steps for a run of 20,000, and what each of its three schedules comes to
+    if it is called once per step.
+    """
+
+    uncertainty: float = 0.01
+    beta1: float = 0.13
+    beta2: float | None = 0.01
+    begin: int = 1024
+    end: int = 16000
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.uncertainty <= 1.0:
+            raise ValueError(f"uncertainty is {self.uncertainty}; it must lie in [0, 1]")
+        if not 0.0 < self.beta1 <= 1.0:
+            raise ValueError(
+                f"beta1 is {self.beta1}; it must lie in (0, 1]: with 0 directions grow without bound"
+            )
+        if self.beta2 is not None and not 0.0 <= self.beta2 <= 1.0:
+            raise ValueError(f"beta2 is {self.beta2}; it must lie in [0, 1], or be null")
+        if not 0 <= self.begin <= self.end:
+            raise ValueError(f"begin is {self.begin} and end {self.end}; it must be 0 <= begin <= end")
+
+
+class Carried(Steering):
+    """c of the weights that this rank holds, 0 at the start.
+
+    With z and z' two draws of noise, a direction u and what a write makes of all of them is
+
+        x = sqrt(a) z        y = sqrt(1 - a) z' + c        u = b1 x + (1 - b1) y
+        estimate = sum_d scale_d u_d / sqrt(b2 x_d**2 + (1 - b2) y_d**2 + 1e-8)
+        c <- mean_d(sign(scale_d) u_d)
+
+    in the arms that were drawn; elsewhere c stays. u is what a probe shifts by. While a, b1 and b2 are 1 that
+    is `z`, and what is written `g sign(z)`; with b2 null it is MeZO, bit for bit. Later u is longer: with a
+    mean square of `((1 - b1)**2 (1 - a) + b1**2 a) / (1 - (1 - b1)**2)` in a settled run of one direction,
+    3.1 by the defaults, so that `eps` is in effect 1.8 times as large.
+
+    No gradient is carried: a slope enters c by its sign alone. In the mean of `g u` over noise c's part is
+    `(1 - b1)**2 (c . gradient) c`, which goes downhill too.
+
+    Cost: 4 bytes per parameter; noise is drawn twice in a shift and three times in a write.
+
+    Where we differ: the published code (MathIsAll/ZO-AdaMU, 5ee86f0) probes with x and y mixed 1 to 9
+    whatever b1 is, so that it moves along what it has not tested, and its schedule is shortened by each call,
+    of which there are three for each parameter. That there may be several directions is ours.
+    """
+
+    def __init__(self, momentum: PerturbationMomentum | None = None) -> None:
+        super().__init__()
+        self.begin_step, self.end_step, self.uncertainty, self.beta1 = -1, -1, 1.0, 1.0
+        self.beta2: float | None = None
+        if momentum is not None:
+            self.begin_step, self.end_step = momentum.begin, momentum.end
+            self.uncertainty, self.beta1, self.beta2 = momentum.uncertainty, momentum.beta1, momentum.beta2
+
+    @property
+    def used(self) -> bool:
+        return self.begin_step >= 0
+
+    def require(
+        self, curvature: Curvature, structure: Structure | None, anchor: Anchored, conservative: bool
+    ) -> None:
+        """Raise ValueError for parts that do not go with it."""
+        but = "there is a perturbation_momentum"
+        if self.used and curvature.used:
+            raise ValueError(
+                f"{but}, and a curvature too: each of them says what a direction is. Leave out one of them"
+            )
+        if self.used and structure is not None:
+            raise ValueError(
+                f"{but}, but structure is {type(structure).__name__}: a direction around the one before has "
+                "none. Leave out one of them"
+            )
+        if self.used and anchor.every:
+            raise ValueError(
+                f"{but}, and an anchor too, whose directions were around others: leave out one of them"
+            )
+        if self.used and conservative:
+            raise ValueError(
+                f"{but}, but conservative is true, and trials are along what is tested, which is not quite "
+                "what is written: leave it out, or set conservative to false"
+            )
+
+    def shares(self, step: int) -> tuple[float, float, float | None]:
+        """a, b1 and b2 in a step; cut as factors are, for another machine's cosine."""
+        done = (step - self.begin_step) / max(1, self.end_step - self.begin_step)
+        new = cut(0.5 * (1.0 + math.cos(math.pi * min(max(done, 0.0), 1.0))))
+        a, b1 = (least + (1.0 - least) * new for least in (self.uncertainty, self.beta1))
+        return a, b1, None if self.beta2 is None else self.beta2 + (1.0 - self.beta2) * new
+
+    def along(self, drawing: Drawing, kept: Tensor, name: str, step: int) -> Tensor:
+        """u."""
+        x, y = self._drawn(drawing, kept, name, step)
+        b1 = self.shares(step)[1]
+        return x * b1 + y * (1.0 - b1)
+
+    def steer(
+        self,
+        estimate: Tensor,
+        kept: Tensor,
+        noise: Noise,
+        name: str,
+        step: int,
+        terms: Sequence[tuple[int, float]],
+        bends: Sequence[tuple[int, float]],
+        offset: int,
+    ) -> None:
+        """The estimate along u, and c for the next."""
+        _, b1, b2 = self.shares(step)
+        carried = torch.zeros_like(kept)
+        estimate.zero_()
+        for direction, scale in terms:
+            x, y = self._drawn(drawing_of(noise, kept, step, direction, offset), kept, name, step)
+            u = x * b1 + y * (1.0 - b1)
+            carried += u * math.copysign(1.0, scale)
+            if b2 is not None:
+                u /= square_root(x * x * b2 + y * y * (1.0 - b2) + 1e-8)
+            estimate += u * scale
+        kept.copy_(carried / len(terms))
+
+    def _drawn(self, drawing: Drawing, kept: Tensor, name: str, step: int) -> tuple[Tensor, Tensor]:
+        """x and y."""
+        a = self.shares(step)[0]
+        x, around = drawing(name), drawing(f"{name}\0around")
+        return x * math.sqrt(a), around * math.sqrt(1.0 - a) + kept.to(around.device)
