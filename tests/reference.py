@@ -76,8 +76,8 @@ class Reference:
         self.rounding, self.weight_decay, self.estimator = rounding, weight_decay, estimator
         self.conservative, self.all_kept = conservative, list[float]()
         anchor = None if estimator == "three_sided" else anchor
-        steered = estimator == "three_sided" or anchor or conservative
-        self.momentum: Any = None if steered else named.get("perturbation_momentum")
+        apart = estimator != "two_sided" or anchor or conservative
+        self.momentum: Any = None if apart else named.get("perturbation_momentum")
         self.carried = {name: torch.zeros(p.shape) for name, p in self.weights().items()}  # ZO-AdaMU's c
         self.rule, self.all_slopes = rule, list[list[float]]()
         self.moments: dict[str, Moments] = {n: Moments(p.shape) for n, p in model.named_parameters()}
@@ -216,11 +216,13 @@ class Reference:
         """The estimate, each direction over the root of its squares; and c for the next."""
         estimate, carried = torch.zeros(self.carried[name].shape), torch.zeros(self.carried[name].shape)
         _, _, b2 = self.shares()
-        for direction, scale in terms:
+        told = [(direction, scale) for direction, scale in terms if scale]
+        for direction, scale in told:
             (x, y), u = self.mixed(name, direction), self.direction(name, direction)
             estimate += u / square_root(x * x * b2 + y * y * (1 - b2) + 1e-8) * torch.tensor(scale)
-            carried += u if scale >= 0 else -u
-        self.carried[name].copy_(carried / len(terms))
+            carried += u if scale > 0 else -u
+        if told:
+            self.carried[name].copy_(carried / len(told))
         return estimate
 
     # Orthogonal: z = the z of direction 0 where the digits that a direction and a number share are even

@@ -184,7 +184,7 @@ def anchor_for(anchor: str, estimator: str) -> str:
 
 def noise_for(noise: str, estimator: str, anchored: bool, conservative: bool = False) -> str:
     """`noise`, or what it is without a momentum where directions cannot have one."""
-    refused = estimator == "three_sided" or anchored or conservative
+    refused = estimator != "two_sided" or anchored or conservative
     return "gaussian" if refused and noise == "zo_adamu" else noise
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from models import build
-from planned import config_of, mode_of, wide_llama
+from planned import EITHER_WAY, config_of, mode_of, wide_llama
 from transformers import AutoModelForCausalLM
 
 import zo_dist
@@ -191,8 +191,9 @@ def test_a_model_that_reads_its_data_is_refused() -> None:
         make_plan(config_of(rows=4), shape, parse_cluster("2xA100-40G"), length=6)
 
 
-def test_a_curvature_is_refused_where_zero_order_refuses_it() -> None:
-    plan = small(estimator="three_sided", curvature={"smoothing": 0.1})
+@pytest.mark.parametrize("settings", ["curvature", "perturbation momentum"])
+def test_what_is_kept_in_parts_is_refused_where_zero_order_refuses_it(settings: str) -> None:
+    plan = small(**EITHER_WAY[settings])
     refused = {(p.mode.engine, p.mode.perturb) for p in plan.modes if p.refused}
     assert refused == {("fsdp2", "module"), ("zero3", "module")}
     assert "perturb: shard" in mode_of(plan, "fsdp2", "module").refused

@@ -216,7 +216,7 @@ def test_a_search_is_in_the_log_and_in_a_snapshot(tmp_path: Path, dtype: torch.d
     without = {**OPTIONS, "projection": None, "dtype": dtype}
     with pytest.raises(TrajectoryError, match=r"projection is .*'every': 0.* here, but was .*'every': 3"):
         replay(make(**without), tmp_path / "log")
-    with pytest.raises(ValueError, match="anchor, or projection"):
+    with pytest.raises(ValueError, match="anchor or projection"):
         make(**without).load_state_dict(ran.state_dict())
 
 

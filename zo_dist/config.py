@@ -222,14 +222,15 @@ class OptimizerConfig:
         rule, coefficients = self.rule.build(self.weight_decay), self.coefficients.build()
         structure = None if self.structure is None else self.structure.build()
         noise = noise_of(self.noise, self.seed, False, structure, {})
-        if rule.factored:
-            noise.require_factor(rule.lasting)
         coefficients.bind(self.directions)
         curvature = Curvature(self.curvature)
         curvature.require(self.build_estimator(), self.scale.build(), rule, self.sampler.build())
         anchor = Anchored(self.anchor)
         anchor.require(coefficients, rule, curvature)
-        Carried(self.perturbation_momentum).require(curvature, structure, anchor, self.conservative)
+        others = self.build_estimator(), curvature, structure, rule, anchor, self.conservative
+        Carried(self.perturbation_momentum).require(*others)
+        if rule.factored:
+            noise.require_factor(rule.lasting)
         Projected(self.projection).require(anchor, self.build_estimator())
         if self.conservative:
             require_trials(rule, curvature, anchor, self.build_estimator())

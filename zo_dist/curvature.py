@@ -62,6 +62,7 @@ class Curvature(Steering):
     paper as summarised by others, its text being out of our reach, and of UnifiedZO's code.
     """
 
+    setting = "curvature"
     begins_at = 1.0
 
     def __init__(self, diagonal: DiagonalCurvature | None = None) -> None:
@@ -110,7 +111,7 @@ class Curvature(Steering):
         z /= square_root(kept).to(z.device)
         return z
 
-    def terms(self, record: StepRecord) -> Mapping[int, list[tuple[int, float]]]:
+    def bends(self, record: StepRecord) -> Mapping[int, list[tuple[int, float]]]:
         """For each arm that was drawn, `(direction, c)`, c being times its share of the rows that did."""
         if not self.used:
             return {}

@@ -35,6 +35,7 @@ from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
 from zo_dist.scale import Scale
+from zo_dist.steering import Steering
 from zo_dist.structure import Structure, noise_of
 from zo_dist.trajectory import StepRecord, TrajectoryError
 from zo_dist.trials import Trials, require_fine_weights, require_trials
@@ -144,9 +145,11 @@ class ZeroOrder(Losses):
             self.curvature.require(self.estimator, self.scale, self.rule, self.sampler)
             self.anchor = Anchored(anchor)
             self.anchor.require(self.coefficients, self.rule, self.curvature)
-            self.carried = Carried(perturbation_momentum)
-            self.carried.require(self.curvature, structure, self.anchor, conservative)
-            self.steering = self.carried if self.carried.used else self.curvature
+            self.perturbation_momentum = Carried(perturbation_momentum)
+            others = self.estimator, self.curvature, structure, self.rule, self.anchor, conservative
+            self.perturbation_momentum.require(*others)
+            steerings = self.perturbation_momentum, self.curvature
+            self.steering = next((s for s in steerings if s.used), Steering())
             self.anchor.bind(sizes, self.noise, directions)
             if self.anchor.every:
                 require_groups(self.anchor.directions, directions_per_row, "anchor.directions")
@@ -276,7 +279,7 @@ class ZeroOrder(Losses):
         self.scale.observe(record, draws)
 
     def _write(self, record: StepRecord, draws: list[Draw]) -> None:
-        terms, curved = record.terms, self.curvature.terms(record)
+        terms, bends = record.terms, self.curvature.bends(record)
         of_anchor = self.anchor.terms(record, draws)
         parts = self.rule, self.rounding, self.noise
         write = Write(*parts, record.step, record.lr, self.mask, self.steering)
@@ -289,7 +292,7 @@ class ZeroOrder(Losses):
             mine = [(d, coef * factor) for d, coef in terms[arm]]
             earlier = self.anchor.earlier(of_anchor.get(arm, ()), span.name, factor)
             before = self.writes[arm], self.written[arm]
-            update_span(span, param, Terms(mine, *before, curved.get(arm, ()), earlier), write)
+            update_span(span, param, Terms(mine, *before, bends.get(arm, ()), earlier), write)
         for arm in terms:
             self.written[arm] = record.step
         self.engine.publish()

@@ -142,6 +142,7 @@ def load_snapshot(optimizer: ZeroOrder, path: str | Path) -> None:
             if i % engine.num_ranks == engine.rank:
                 check_file(path / name, expected)
     with engine.jointly():
+        optimizer.require_parts(manifest["scalars"])
         index = _index(path, manifest)
         found = [(piece, _parts(path, index, kind, piece)) for kind, piece in _pieces(optimizer)]
     with engine.jointly():

@@ -31,7 +31,7 @@ class Stateful(torch.optim.Optimizer):
     rule: Rule
     rounding: Rounding16
     curvature: Curvature
-    carried: Carried
+    perturbation_momentum: Carried
     steering: Steering
     anchor: Anchored
     projection: Projected
@@ -64,14 +64,15 @@ class Stateful(torch.optim.Optimizer):
     @property
     def parts(self) -> dict[str, Part]:
         """What makes a write of slopes, by name: with these, and noise and rounding, a log is replayed."""
-        names = ["sampler", "coefficients", "rule", "scale", "mask", "curvature", "carried", "anchor"]
-        return {name: getattr(self, name) for name in [*names, "projection"]}
+        names = ["sampler", "coefficients", "rule", "scale", "mask", "curvature", "perturbation_momentum"]
+        return {name: getattr(self, name) for name in [*names, "anchor", "projection"]}
 
     @property
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """What this rank keeps beside its spans: by what it is, and by canonical name."""
         kept = {"lost": self.rounding.lost, "anchor": self.anchor.weights, "start": self.projection.weights}
-        return kept | {"curvature": self.curvature.kept, "carried": self.carried.kept} | self.rule.kept
+        steerings = {part.setting: part.kept for part in (self.curvature, self.perturbation_momentum)}
+        return kept | steerings | self.rule.kept
 
     @property
     def scalars(self) -> dict[str, Any]:
@@ -83,11 +84,20 @@ class Stateful(torch.optim.Optimizer):
 
     @scalars.setter
     def scalars(self, scalars: dict[str, Any]) -> None:
+        self.require_parts(scalars)
         for name, part in self.parts.items():
             part.load_state_dict(scalars["parts"][name])
         self.step_count = scalars["step"]
         self.writes, self.written = list(scalars["writes"]), list(scalars["written"])
         self.skipped, self.skipped_in_a_row = scalars["skipped"]
+
+    def require_parts(self, scalars: dict[str, Any]) -> None:
+        """ValueError unless `scalars` has the state of each part, and of no other."""
+        if scalars["parts"].keys() != self.parts.keys():
+            raise ValueError(
+                f"the saved state is of the parts {', '.join(scalars['parts'])}; this zo_dist has "
+                f"{', '.join(self.parts)}: use the version that saved it, or begin anew"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What resumes a run on the same shards: `scalars`, lr, and `beside`. Weights are not in it."""

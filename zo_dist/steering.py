@@ -19,16 +19,20 @@ Drawing = Callable[[str], Tensor]
 
 
 class Steering(Part):
-    """What all share; this one has noise itself for a direction, and keeps nothing.
+    """What all share; this one is not used: noise itself is a direction, and nothing is kept.
 
     `kept`: float32 by canonical name, sharded as the weights are. A direction that is steered is `along` its
     noise and what is kept, in probe and write alike; what is kept changes in a write alone, by `steer`. So
     only whole weights can be shifted where all of it is held: `perturb="module"` is refused on shards.
-    Cost: 4 bytes per parameter; shifts and writes are plain torch operations, some 10 passes in float32.
+    Cost: 4 bytes per parameter; shifts and writes are plain torch operations, not fused.
+
+    `setting`: what `ZeroOrder` calls it. `begins_at`: what is kept at the start. `sums_noise`: is `steer`
+    given the sum of `scale * z`? Else zeros.
     """
 
-    # What is kept at the start.
+    setting = ""
     begins_at = 0.0
+    sums_noise = True
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
@@ -40,7 +44,7 @@ class Steering(Part):
         return False
 
     def along(self, drawing: Drawing, kept: Tensor, name: str, step: int) -> Tensor:
-        """The direction of the elements that `drawing` draws and `kept` belongs to: float32."""
+        """float32: the direction of the elements that `drawing` draws and `kept` belongs to."""
         raise TypeError(f"{type(self).__name__} does not say what a direction is; override along")
 
     def steer(
@@ -54,9 +58,9 @@ class Steering(Part):
         bends: Sequence[tuple[int, float]],
         offset: int,
     ) -> None:
-        """Make of the sum of `scale * z` that along directions, and bring `kept` up to date.
+        """Turn `estimate` into the one along directions, and bring `kept` up to date: in place, both float32.
 
-        In place, both float32. `terms`: `(direction, scale)`; `bends`: as of `Curvature.terms`.
+        `terms`: `(direction, scale)`; `bends`: `(direction, curvature)`, of `Curvature.bends`.
         """
         raise TypeError(f"{type(self).__name__} does not say what a write does; override steer")
 
@@ -74,8 +78,8 @@ class Steering(Part):
         parts = [p.name for p in params if p.numel and len(self.kept.get(p.name, ())) != p.numel]
         if perturb == "module" and parts:
             raise ValueError(
-                f"perturb is 'module', which shifts whole weights, but what {type(self).__name__} keeps of "
-                f"{parts[0]} is on this rank only in part of it, as the model is sharded: use perturb: shard"
+                f"perturb is 'module', which shifts whole weights, but of what {self.setting} keeps beside "
+                f"{parts[0]} this rank has only a part, as the model is sharded: use perturb: shard"
             )
 
     def of(self, name: str, offset: int, numel: int) -> Tensor:

@@ -49,14 +49,14 @@ class Terms:
     """What a step writes to a parameter.
 
     `of_step`: `(direction, coefficient)`, the coefficients already weighted and averaged. `writes`: as of
-    `Rule.move`; `last`: the step that wrote before, or -1. `curved`: what the curvature learns from,
+    `Rule.move`; `last`: the step that wrote before, or -1. `bends`: what a curvature learns from,
     `(direction, curvature)`. `earlier`: another step, and terms of it that are added after those of this one.
     """
 
     of_step: Sequence[tuple[int, float]]
     writes: int = 1
     last: int = -1
-    curved: Sequence[tuple[int, float]] = ()
+    bends: Sequence[tuple[int, float]] = ()
     earlier: tuple[int, Sequence[tuple[int, float]]] | None = None
 
 
@@ -99,14 +99,15 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
                 noise.combine(exact, inputs, span.name, step, terms.of_step, offset, _new_weights, (scalars,))
             else:
                 if thin is None:
-                    noise.accumulate(exact.zero_(), span.name, step, terms.of_step, offset)
+                    summed = terms.of_step if steering.sums_noise else ()
+                    noise.accumulate(exact.zero_(), span.name, step, summed, offset)
                 else:
                     for piece, total in thin.pieces(offset, len(exact)):
                         exact[piece] = total
                 if terms.earlier is not None:
                     noise.accumulate(exact, span.name, *terms.earlier, offset)
                 if steered is not None:
-                    of_directions = terms.of_step, terms.curved
+                    of_directions = terms.of_step, terms.bends
                     steering.steer(exact, steered, noise, span.name, step, *of_directions, offset)
                 move = exact if moved else rule.move(exact, kept, terms.writes)
                 exact.copy_(_new_weights(move, scalars, *inputs))

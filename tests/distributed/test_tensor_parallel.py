@@ -260,8 +260,17 @@ def curved() -> None:
     with_part(estimator="three_sided", perturb="module")
 
 
+def carried() -> None:
+    with_part(noise="zo_adamu", perturb="module")
+
+
 @pytest.mark.parametrize(
-    ("part", "remedy"), [(factored, "set factored to false"), (curved, "use perturb: shard")]
+    ("part", "remedy"),
+    [
+        (factored, "set factored to false"),
+        (curved, "use perturb: shard"),
+        (carried, "use perturb: shard"),
+    ],
 )
 def test_what_cannot_be_done_on_some_columns_is_refused(
     pool: PoolOf, part: Callable[[], None], remedy: str

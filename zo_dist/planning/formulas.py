@@ -303,7 +303,7 @@ def _update_peak(optimizer: ZeroOrder, spans: list[Span]) -> int:
     without_values(optimizer.noise, tracer)
     parts = optimizer.rule, optimizer.rounding, optimizer.noise
     write = Write(*parts, step=0, lr=1.0, steering=optimizer.steering)
-    terms = Terms([(d, 1.0) for d in range(optimizer.directions)], curved=[(0, 1.0)])
+    terms = Terms([(d, 1.0) for d in range(optimizer.directions)], bends=[(0, 1.0)])
     # Made anew and kept from write to write: it is needed by the first.
     optimizer.rounding._scratch.clear()
     with torch.no_grad(), tracer:
