@@ -394,7 +394,7 @@ def test_module_mode_is_refused_where_weights_are_sharded(pool: Callable[[int], 
         ({"rule": zo_dist.Momentum(factored=True)}, "Set factored to false"),
         ({"estimator": zo_dist.OneSided()}, "estimator is OneSided.*Use TwoSided"),
     ],
-    ids=str,
+    ids=["curvature", "structure", "anchor", "conservative", "rule", "estimator"],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
