@@ -91,15 +91,15 @@ class Carried(Steering):
     def __init__(self, momentum: PerturbationMomentum | None = None) -> None:
         super().__init__()
         # Not used, unless a step is said; numbers, so that logs name them.
-        self.first, self.last, self.uncertainty, self.beta1 = -1, -1, 1.0, 1.0
+        self.begins, self.ends, self.uncertainty, self.beta1 = -1, -1, 1.0, 1.0
         self.beta2: float | None = None
         if momentum is not None:
-            self.first, self.last = momentum.begin, momentum.end
+            self.begins, self.ends = momentum.begin, momentum.end
             self.uncertainty, self.beta1, self.beta2 = momentum.uncertainty, momentum.beta1, momentum.beta2
 
     @property
     def used(self) -> bool:
-        return self.first >= 0
+        return self.begins >= 0
 
     def require(
         self,
@@ -146,7 +146,7 @@ class Carried(Steering):
 
     def shares(self, step: int) -> tuple[float, float, float | None]:
         """a, b1 and b2 in a step; cut as factors are, for another machine's cosine."""
-        done = (step - self.first) / max(1, self.last - self.first)
+        done = (step - self.begins) / max(1, self.ends - self.begins)
         new = cut(0.5 * (1.0 + math.cos(math.pi * min(max(done, 0.0), 1.0))))
         a, b1 = (least + (1.0 - least) * new for least in (self.uncertainty, self.beta1))
         return a, b1, None if self.beta2 is None else self.beta2 + (1.0 - self.beta2) * new
