@@ -137,6 +137,14 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor
     return causal_lm_loss(model, {"input_ids": batch["input_ids"]})
 
 
+def step(optimizer: Any, steps: int = 1, loss: Any = loss_of) -> None:
+    """Steps of "sequential" on 6 rows, other ones in each."""
+    dtype = optimizer.params[0].param.dtype
+    for _ in range(steps):
+        rows = rows_for("sequential", 6, seed=optimizer.step_count, dtype=dtype)
+        optimizer.step_batch(rows, loss)
+
+
 def cut(batch: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     return {key: value[start:stop] for key, value in batch.items()}
 

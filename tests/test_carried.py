@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 import table
 import torch
 from injected import Injected
-from models import build, loss_of, rows_for
+from models import build, loss_of, rows_for, step
 from torch import Tensor, nn
-from workers import HAVE_DEEPSPEED, Pool, digest, needs_deepspeed, whole_weights, wrap
+from workers import digest, whole_weights
 
 import zo_dist
 from zo_dist.carried import Carried
@@ -23,7 +22,7 @@ from zo_dist.params import Span
 from zo_dist.parts import Probe, Shifts, looked_up
 from zo_dist.probes import Batch
 from zo_dist.replay import identity, replay
-from zo_dist.snapshot import load_snapshot, save_snapshot
+from zo_dist.snapshot import save_snapshot
 from zo_dist.trajectory import TrajectoryError, TrajectoryWriter
 
 EPS, LR, SEED = 2.0**-6, 2.0**-7, 4
@@ -35,13 +34,6 @@ def make(model: nn.Module | None = None, **options: Any) -> zo_dist.ZeroOrder:
     dtype = options.pop("dtype", torch.float32)
     model = build("sequential", dtype) if model is None else model
     return table.optimizer(model, **{**shared, **options})
-
-
-def step(optimizer: zo_dist.ZeroOrder, steps: int = 1, loss: Any = loss_of) -> None:
-    dtype = optimizer.params[0].param.dtype
-    for _ in range(steps):
-        rows = rows_for("sequential", 6, seed=optimizer.step_count, dtype=dtype)
-        optimizer.step_batch(rows, loss)
 
 
 class Slope(nn.Module):
@@ -244,36 +236,7 @@ def test_both_modes_see_the_same_losses(kind: str) -> None:
     torch.testing.assert_close(losses["module"], losses["shard"], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("chunk", [1 << 20, 7])
-def test_chunks_leave_the_same_bits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = make(perturb="shard")
-    step(expected, 5)
-    monkeypatch.setattr("zo_dist.update._CHUNK", chunk)
-    monkeypatch.setattr("zo_dist.steering._CHUNK", chunk)
-    for compiled in (False, True):
-        optimizer = make(perturb="shard", compile=compiled)
-        step(optimizer, 5)
-        assert digest(whole_weights(optimizer)) == digest(whole_weights(expected))
-        assert digest(optimizer.perturbation_momentum.kept) == digest(expected.perturbation_momentum.kept)
-
-
 # Kept and logged
-
-
-def test_what_is_kept_of_arms_that_were_not_drawn_stays() -> None:
-    optimizer = make(sampler="uniform")
-    stayed = 0
-    for _ in range(6):
-        before = {name: c.clone() for name, c in optimizer.perturbation_momentum.kept.items()}
-        step(optimizer)
-        drawn = set(optimizer.record.arms[0])
-        for i, arm in enumerate(optimizer.arms):
-            for param in arm.params:
-                assert torch.equal(optimizer.perturbation_momentum.kept[param.name], before[param.name]) == (
-                    i not in drawn
-                )
-        stayed += len(optimizer.arms) - len(drawn)
-    assert stayed
 
 
 def test_a_skipped_step_leaves_it() -> None:
@@ -338,47 +301,7 @@ def test_it_is_in_a_snapshot_and_comes_back_from_the_log(tmp_path: Path) -> None
         replay(make(**{**options, "noise": "gaussian"}), tmp_path / "log")
 
 
-def resumed_on_rank(engine: str, snapshot: str, steps: int) -> tuple[str, float]:
-    optimizer = make(wrap(engine, build("sequential", torch.bfloat16)), perturb="shard")
-    load_snapshot(optimizer, snapshot)
-    # Every rank has the same rows, and so the same means.
-    rows, known = rows_for("sequential", 4, dtype=torch.bfloat16), Injected("shard", 1)
-    for _ in range(steps):
-        optimizer.step_batch(rows, known)
-    total = sum(float(c.double().abs().sum()) for c in optimizer.perturbation_momentum.kept.values())
-    return digest(whole_weights(optimizer)), total
-
-
-@needs_deepspeed
-def test_a_snapshot_goes_on_with_the_same_bits_on_every_engine(
-    pool: Callable[[int], Pool], tmp_path: Path
-) -> None:
-    ran = make(dtype=torch.bfloat16, perturb="shard")
-    step(ran, 6)
-    snapshot = str(save_snapshot(ran, tmp_path))
-    (expected, total), *_ = pool(1).run(resumed_on_rank, "replicated", snapshot, 8)
-    for engine, ranks in (("fsdp2", 2), ("fsdp2", 3), ("zero3", 2)):
-        got = pool(ranks).run(resumed_on_rank, engine, snapshot, 8)
-        assert [of_rank[0] for of_rank in got] == [expected] * ranks
-        assert sum(of_rank[1] for of_rank in got) == pytest.approx(total, rel=1e-12)
-
-
 # Refused
-
-
-def refusal_on_rank(engine: str) -> str:
-    with pytest.raises(
-        ValueError, match=r"perturb is 'module'.*of what perturbation_momentum keeps.*use perturb: shard"
-    ) as caught:
-        make(wrap(engine, build("sequential")))
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_module_mode_is_refused_where_weights_are_sharded(pool: Callable[[int], Pool], engine: str) -> None:
-    if engine == "zero3" and not HAVE_DEEPSPEED:
-        pytest.skip("deepspeed is not installed")
-    assert all("has only a part" in message for message in pool(2).run(refusal_on_rank, engine))
 
 
 @pytest.mark.parametrize(

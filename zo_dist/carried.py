@@ -153,9 +153,7 @@ class Carried(Steering):
 
     def along(self, drawing: Drawing, kept: Tensor, name: str, step: int) -> Tensor:
         """u."""
-        x, y = self._mixed(drawing, kept, name, step)
-        b1 = self.shares(step)[1]
-        return x * b1 + y * (1.0 - b1)
+        return self._mixed(drawing, kept, name, step)[2]
 
     def steer(
         self,
@@ -169,11 +167,10 @@ class Carried(Steering):
         offset: int,
     ) -> None:
         """The estimate along u, and c for the next."""
-        _, b1, b2 = self.shares(step)
+        b2 = self.shares(step)[2]
         told, carried = [(d, scale) for d, scale in terms if scale], torch.zeros_like(kept)
         for direction, scale in told:
-            x, y = self._mixed(drawing_of(noise, kept, step, direction, offset), kept, name, step)
-            u = x * b1 + y * (1.0 - b1)
+            x, y, u = self._mixed(drawing_of(noise, kept, step, direction, offset), kept, name, step)
             carried += u * math.copysign(1.0, scale)
             if b2 is not None:
                 u /= square_root(x * x * b2 + y * y * (1.0 - b2) + 1e-8)
@@ -181,11 +178,13 @@ class Carried(Steering):
         if told:
             kept.copy_(carried / len(told))
 
-    def _mixed(self, drawing: Drawing, kept: Tensor, name: str, step: int) -> tuple[Tensor, Tensor]:
-        """x and y."""
-        a, x = self.shares(step)[0], drawing(name)
-        y = kept.to(x.device)
+    def _mixed(self, drawing: Drawing, kept: Tensor, name: str, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and u."""
+        a, b1, _ = self.shares(step)
+        z = drawing(name)
+        y = kept.to(z.device)
         # Else nothing of it is drawn.
         if a < 1.0:
             y = drawing(f"{name}\0around") * math.sqrt(1.0 - a) + y
-        return x * math.sqrt(a), y
+        x = z * math.sqrt(a)
+        return x, y, x * b1 + y * (1.0 - b1)
