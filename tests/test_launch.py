@@ -224,3 +224,35 @@ def test_a_loop_with_accelerate(tmp_path: Path) -> None:
     losses = [float(line) for line in out.split()]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
+
+
+# The end of a process
+
+# What torch keeps of a group (a DeviceMesh has it) and collectives that are still on their way at the end.
+BUSY_AT_EXIT = """
+import sys
+
+import torch
+import torch.distributed as dist
+
+import zo_dist
+
+sys.setswitchinterval(10)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+kept = dist.group.WORLD
+zo_dist.ZeroOrder(torch.nn.Linear(3, 3), lr=1e-3)
+for _ in range(20):
+    dist.all_gather([torch.empty(1_000_000)], torch.ones(1_000_000), async_op=True)
+"""
+
+
+def test_a_process_ends_well_while_gloo_still_holds_tensors() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUSY_AT_EXIT],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zo_dist.engines.agreement import digest, fingerprint, moment_sums, require_alike
+from zo_dist.engines.processes import wait_for_gloo_at_exit
 from zo_dist.params import Param, Piece, Span
 
 # Of an error message sent to the other ranks.
@@ -39,6 +40,8 @@ class Engine:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.num_ranks = dist.get_world_size() if distributed else 1
+        if distributed:
+            wait_for_gloo_at_exit()
         # Of each rank, the one of its group that tells the losses.
         self.teller_of = list(range(self.num_ranks))
         # Scalars go over gloo where there is one: reading them then waits for no GPU kernel.

@@ -1,12 +1,15 @@
-"""The processes that a launcher started: joining their group, leaving it, taking turns."""
+"""The processes that a launcher started: joining their group, leaving it, ending, taking turns."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -21,6 +24,10 @@ T = TypeVar("T")
 _FIRST = "zo_dist/first"
 # How long a rank waits for an answer before it looks whether another rank 0 is there now.
 _LOOK = timedelta(seconds=0.5)
+
+# What torch calls the threads that run gloo's collectives, and how long at most they are waited for, seconds.
+_GLOO_THREADS = "(pt_gloo_runloop)"
+_GLOO_WAIT_S = 10.0
 
 
 def initialize_process_group(timeout_s: float = 7200.0) -> torch.device:
@@ -80,6 +87,40 @@ def leave_process_group() -> None:
     """Leave the process group, at the end of a run or after an error that every rank has."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@functools.cache
+def wait_for_gloo_at_exit() -> None:
+    """Before the interpreter ends, let gloo's threads be done with their tensors; 20 ms where they are.
+
+    A thread that ran a collective drops its tensors after the caller has gone on, and takes the GIL for it.
+    Python up to 3.13 ends a thread that asks for the GIL while the interpreter ends, and a destructor ended
+    so is "terminate called without an active exception" to C++: the launcher reports a finished run as
+    killed by SIGABRT. (torch's pull request 179291.) destroy_process_group is no help: torch's DeviceMesh
+    keeps the group, and with it the threads.
+    """
+    atexit.register(_wait_for_gloo)
+
+
+def _wait_for_gloo() -> None:
+    deadline = time.monotonic() + _GLOO_WAIT_S
+    # A thread that waits for the GIL looks idle, but not twice: it gets it while this one sleeps.
+    idle = 0
+    while idle < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        idle = 0 if _gloo_runs() else idle + 1
+
+
+def _gloo_runs() -> bool:
+    """Does a thread of gloo compute, or wait for its turn to? Linux says; elsewhere it is taken for idle."""
+    for thread in Path("/proc/self/task").glob("*/stat"):
+        try:
+            _, name, state, *_ = thread.read_text().split()
+        except OSError:
+            continue
+        if name == _GLOO_THREADS and state == "R":
+            return True
+    return False
 
 
 def first_of_node() -> bool:
