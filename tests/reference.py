@@ -38,7 +38,8 @@ class Reference:
     `three_sided` it is HiZOO, with `smoothing`, and has no anchor; a law with a momentum is ZO-AdaMU where it
     may be, else it has none. `anchor`: every how many steps one is
     dropped, with how many directions, and the ratio of learning rates. `projection`: of all parameters.
-    `conservative`: each direction's part of the write is tried first.
+    `conservative`: each direction's part of the write is tried first. `window`: PseuZO, of the outputs of a
+    `Composite` or else of the losses.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Reference:
         anchor: tuple[int, int, float] | None = None,
         projection: zo_dist.Projection | None = None,
         conservative: bool = False,
+        window: zo_dist.JacobianWindow | None = None,
     ) -> None:
         self.model, self.copy, self.arms = model, copy.deepcopy(model), [list(a) for a in arms]
         self._weights, self._shifted = (
@@ -76,7 +78,12 @@ class Reference:
         self.rounding, self.weight_decay, self.estimator = rounding, weight_decay, estimator
         self.conservative, self.all_kept = conservative, list[float]()
         anchor = None if estimator == "three_sided" else anchor
-        apart = estimator != "two_sided" or anchor or conservative
+        self.window = None if estimator == "three_sided" else window
+        # Of each step so far: its number, its draws, and by direction the changes of outputs.
+        self.steps_before: list[tuple[int, list[dict[int, tuple[float, float]]], list[list[float]]]] = []
+        # Of each probe in the step at hand, in order: its rows' sums of outputs and of the loss's gradient.
+        self.told: list[tuple[list[float], list[float], int]] = []
+        apart = estimator != "two_sided" or anchor or conservative or self.window
         self.momentum: Any = None if apart else named.get("perturbation_momentum")
         self.carried = {name: torch.zeros(p.shape) for name, p in self.weights().items()}  # ZO-AdaMU's c
         self.rule, self.all_slopes = rule, list[list[float]]()
@@ -96,7 +103,7 @@ class Reference:
         self.smoothing = smoothing
         self.curvature = {name: torch.ones(p.shape) for name, p in self.weights().items()}  # HiZOO's H
         self.step_number = 0
-        self.anchor, self.shape = anchor, "raw" if anchor else shape
+        self.anchor, self.shape = anchor, "raw" if anchor or self.window else shape
         # Of the last anchor step: its number, the weights before its write, its coefficients.
         self.dropped: tuple[int, dict[str, Tensor], list[float]] | None = None
         self.projection = projection
@@ -311,7 +318,8 @@ class Reference:
         """With what is added of another step, of one structure at once, and else one by one."""
         now, everywhere = self.step_number, isinstance(self.structure, zo_dist.Orthogonal)
         of_structure = everywhere or (self.structure is not None and estimate.ndim > 1)
-        for terms in [earlier] if of_structure and earlier else [[term] for term in earlier]:
+        of_steps = [list(of) for _, of in itertools.groupby(earlier, key=lambda term: term[0])]
+        for terms in of_steps if of_structure else [[term] for term in earlier]:
             self.step_number = terms[0][0]
             estimate = estimate + self.estimate(name, [(d, coef) for _, d, coef in terms])
             self.step_number = now
@@ -330,7 +338,7 @@ class Reference:
         of_a_side = self.low_rank is not None and weight.ndim > 1
         fixed = of_a_side and self.low_rank.fixed
         factored = (self.rule == "lozo_m" and of_a_side) or (self.rule == "tezo_adam" and fixed)
-        if not factored or self.anchor or self.estimator == "three_sided":
+        if not factored or self.anchor or self.window or self.estimator == "three_sided":
             estimate = self.with_earlier(name, self.estimate(name, terms), earlier)
             return moments.move(self.rule, estimate / square_root(self.curvature[name]))
         right = self.right(name, self.step_number)
@@ -374,9 +382,64 @@ class Reference:
                 z = torch.where(weight.abs() <= self.highest[name], z, 0.0)
                 moved = moved + z * torch.tensor(sign * self.eps * lengths[name])
             self._shifted[name].copy_(moved)
-        out = loss(self.copy, rows)
+        out = (
+            self.tell(loss, rows)
+            if self.window and isinstance(loss, zo_dist.Composite)
+            else loss(self.copy, rows)
+        )
         sums, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
         return math.fsum(sums.double().tolist()), math.fsum(weights.double().tolist())
+
+    # PseuZO: directions of earlier steps, by what outputs did along them and what the loss makes of outputs
+
+    def tell(self, loss: zo_dist.Composite, rows: Any) -> Tensor:
+        outputs = loss.outputs(self.copy, rows)
+        with torch.enable_grad():
+            losses = loss.loss(outputs.requires_grad_(), rows)
+            losses.sum().backward()
+        assert outputs.grad is not None
+        sums = [[math.fsum(column) for column in of.double().T.tolist()] for of in (outputs, outputs.grad)]
+        self.told.append((sums[0], sums[1], len(losses)))
+        return losses.detach()
+
+    def changes(
+        self, coefs: Sequence[float], shares: Sequence[float]
+    ) -> tuple[list[float], list[list[float]]]:
+        """The gradient by outputs, and by direction how much they changed; of losses where none were told."""
+        told, self.told = self.told, []
+        if not told:
+            return [1.0], [[coef] for coef in coefs]
+        highs, lows = told[::2], told[1::2]
+        middle = lows if self.estimator == "one_sided" else told
+        total = sum(rows for _, _, rows in middle)
+        gradient = [
+            math.fsum(of) / total for of in zip(*(gradient for _, gradient, _ in middle), strict=True)
+        ]
+        distance = self.eps if self.estimator == "one_sided" else 2.0 * self.eps
+        changed = [
+            [(a / rows - b / rows) / distance * (share / sum(shares)) for a, b in zip(high, low, strict=True)]
+            for (high, _, rows), (low, _, _), share in zip(highs, lows, shares, strict=True)
+        ]
+        return [float32(g) for g in gradient], [[float32(c) for c in of] for of in changed]
+
+    def again(self, gradient: Sequence[float]) -> list[tuple[int, dict[int, list[tuple[int, float]]]]]:
+        """Of each step in the window, the newest first, by arm what is written of each of its directions."""
+        window: Any = self.window
+        cycle, place = divmod(self.step_number, window.cycle)
+        epoch = place // window.epoch
+        decay = window.decay / (1 + 10 * epoch) if epoch <= 10 else 0.0
+        mine = [kept for kept in self.steps_before[::-1] if kept[0] // window.cycle == cycle]
+        found = []
+        for age, (step, draws, changes) in enumerate(mine[: window.window - 1], 1):
+            terms: dict[int, list[tuple[int, float]]] = {}
+            for direction, drawn in enumerate(draws):
+                slope = math.prod([decay] * age) * math.fsum(
+                    g * c for g, c in zip(gradient, changes[direction], strict=True)
+                )
+                for arm, (a, _) in drawn.items():
+                    terms.setdefault(arm, []).append((direction, float32(slope * float16(a))))
+            found.append((step, terms))
+        return found
 
     def slopes_at(
         self,
@@ -494,9 +557,12 @@ class Reference:
             before = {name: weight.clone() for name, weight in self.weights().items()}
             self.dropped = self.step_number, before, coefs
         lr, self.lr = self.lr, self.lr * lr_ratio if at_anchor else self.lr
+        gradient, changes = self.changes(coefs, shares)
+        again = self.again(gradient) if self.window else []
+        self.steps_before.append((self.step_number, draws, changes))
         for arm, names in enumerate(self.arms):
-            if any(arm in drawn for drawn in draws):
-                earlier = []
+            if any(arm in drawn for drawn in [*draws, *(terms for _, terms in again)]):
+                earlier = [(step, d, scale) for step, terms in again for d, scale in terms.get(arm, ())]
                 if self.dropped and not at_anchor:
                     moved = math.fsum(math.prod(w[arm]) for w in draws if arm in w)
                     part = twelve_bits(moved / len(draws))

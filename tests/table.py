@@ -58,8 +58,8 @@ RULES: dict[str, Callable[..., Rule]] = {
     "tezo_adam": partial(zo_dist.Adam, 0.8, 0.95, 1e-6, factored=True),
     "sign": zo_dist.Sign,
 }
-# These want noise of low rank (the second with fixed sides), no curvature and no anchor; what takes their
-# place where it is otherwise.
+# These want noise of low rank (the second with fixed sides), no curvature, jacobian or anchor; what takes
+# their place where it is otherwise.
 OF_FULL_RANK = {"lozo_m": "momentum", "tezo_adam": "adam"}
 COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
     "raw": zo_dist.Raw,
@@ -69,7 +69,8 @@ COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
     "fzoo": zo_dist.Standardise,
     "z_scores": lambda: zo_dist.Standardise(centre=True),
 }
-# These make nothing of a single direction, and are refused there. With an anchor all but `raw` are.
+# These make nothing of a single direction, and are refused there. With a jacobian or an anchor all but
+# `raw` are.
 NEED_TWO = ("fzoo", "z_scores")
 # Options of ZeroOrder, and of the reference.
 NOISES: dict[str, dict[str, Any]] = {
@@ -97,11 +98,19 @@ PROJECTIONS: dict[str, zo_dist.Projection | None] = {
     "none": None,
     "third": zo_dist.Projection(every=3, iterations=2, lr=0.125, parameters=None),
 }
+JACOBIANS: dict[str, zo_dist.JacobianWindow | None] = {
+    "none": None,
+    # 20 steps see it fall, and begin anew.
+    "window": zo_dist.JacobianWindow(window=4, decay=0.5, epoch=4, cycle=16),
+}
 # What steps there are besides the usual ones: options of `optimizer`.
 BESIDES: dict[str, dict[str, str]] = {
     "none": {},
     "anchor": {"anchor": "third"},
     "search": {"projection": "third"},
+    # Of losses as they are, and (in tests that can tell) of a loss with outputs.
+    "window": {"jacobian": "window"},
+    "outputs": {"jacobian": "window"},
 }
 LAWS = ("rademacher", "gaussian")
 MODES = ("module", "shard")
@@ -177,26 +186,31 @@ def estimator_for(sampler: str, estimator: str) -> str:
     return "two_sided" if estimator == "three_sided" and sampler in WEIGH_BOTH else estimator
 
 
-def anchor_for(anchor: str, estimator: str) -> str:
-    """`anchor`, or `none` where there is a curvature."""
-    return "none" if estimator == "three_sided" else anchor
+def besides_for(besides: str, estimator: str) -> str:
+    """`besides`, or `none` where there is a curvature, with which no other step's terms go."""
+    return "none" if estimator == "three_sided" and adds_terms(besides) else besides
 
 
-def noise_for(noise: str, estimator: str, anchored: bool, conservative: bool = False) -> str:
+def adds_terms(besides: str) -> bool:
+    """Are terms of other steps written too?"""
+    return bool({"anchor", "jacobian"} & BESIDES[besides].keys())
+
+
+def noise_for(noise: str, estimator: str, adds: bool, conservative: bool = False) -> str:
     """`noise`, or what it is without a momentum where directions cannot have one."""
-    refused = estimator != "two_sided" or anchored or conservative
+    refused = estimator != "two_sided" or adds or conservative
     return "gaussian" if refused and noise == "zo_adamu" else noise
 
 
-def coefficients_for(coefficients: str, directions: int, anchored: bool) -> str:
+def coefficients_for(coefficients: str, directions: int, adds: bool) -> str:
     """`coefficients`, or `raw` where these cannot be had."""
-    return "raw" if anchored or (directions == 1 and coefficients in NEED_TWO) else coefficients
+    return "raw" if adds or (directions == 1 and coefficients in NEED_TWO) else coefficients
 
 
-def rule_for(rule: str, structure: Any, curved: bool, anchored: bool) -> str:
+def rule_for(rule: str, structure: Any, curved: bool, adds: bool) -> str:
     """`rule`, or what it is of full rank where noise is no product of two sides, or not that alone."""
     is_product = isinstance(structure, zo_dist.LowRank) and (rule != "tezo_adam" or structure.fixed)
-    return rule if is_product and not curved and not anchored else OF_FULL_RANK.get(rule, rule)
+    return rule if is_product and not curved and not adds else OF_FULL_RANK.get(rule, rule)
 
 
 def mode_of(engine: str, num_ranks: int, mode: str, steered: bool) -> str:
@@ -206,15 +220,17 @@ def mode_of(engine: str, num_ranks: int, mode: str, steered: bool) -> str:
 
 
 def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
-    """A ZeroOrder whose sampler, estimator, coefficients, rule, mask, anchor and projection are by name.
+    """A ZeroOrder whose parts, from its sampler to its projection, are by name.
 
-    With `three_sided` it has a curvature, and no anchor.
+    With `three_sided` it has a curvature, and no jacobian or anchor.
     """
     options["mask"] = MASKS[options.get("mask", "all")]
     estimator = options.get("estimator", "two_sided")
-    if isinstance(options.get("anchor", "none"), str):
-        options["anchor"] = ANCHORS[anchor_for(options.get("anchor", "none"), estimator)]
-    apart = estimator, options["anchor"] is not None, options.get("conservative", False)
+    for name, of in (("anchor", ANCHORS), ("jacobian", JACOBIANS)):
+        if isinstance(options.get(name, "none"), str):
+            options[name] = of["none" if estimator == "three_sided" else options.get(name, "none")]
+    adds = options["anchor"] is not None or options["jacobian"] is not None
+    apart = estimator, adds, options.get("conservative", False)
     noise = noise_for(options.pop("noise", "rademacher"), *apart)
     # What is no name here is ZeroOrder's to refuse.
     options.update(NOISES.get(noise, {"noise": noise}))
@@ -223,13 +239,12 @@ def optimizer(model: Any, **options: Any) -> zo_dist.ZeroOrder:
     options["sampler"] = SAMPLERS[options.get("sampler", "dense")]()
     if isinstance(options.get("estimator", "two_sided"), str):
         options.update(estimating(options.get("estimator", "two_sided"), options.pop("smoothing", SMOOTHING)))
-    directions, anchored = options.get("directions", 1), options["anchor"] is not None
-    shape = coefficients_for(options.get("coefficients", "raw"), directions, anchored)
+    shape = coefficients_for(options.get("coefficients", "raw"), options.get("directions", 1), adds)
     options["coefficients"] = COEFFICIENTS[shape]()
     decay = options.pop("weight_decay", 0.0)
     rule = options.get("rule", "sgd")
     if isinstance(rule, str):
-        rule = rule_for(rule, options.get("structure"), options.get("curvature") is not None, anchored)
+        rule = rule_for(rule, options.get("structure"), options.get("curvature") is not None, adds)
         options["rule"] = RULES[rule](weight_decay=decay)
     return zo_dist.ZeroOrder(model, **options)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from zo_dist.anchor import Anchor
 from zo_dist.carried import PerturbationMomentum
 from zo_dist.coefficients import Clip, Raw, RootMeanSquare, SignOnly, Standardise
+from zo_dist.composite import Composite
 from zo_dist.curvature import DiagonalCurvature
 from zo_dist.engines import DesyncError, pipeline
 from zo_dist.estimators import OneSided, ThreeSided, TwoSided
 from zo_dist.fitted import FittedAdaLeZO
 from zo_dist.flipout import Flipout
+from zo_dist.jacobian import JacobianWindow
 from zo_dist.lowrank import LowRank
 from zo_dist.mask import SmallWeights
 from zo_dist.objective import Objective
@@ -32,11 +34,13 @@ __all__ = [
     "Adam",
     "Anchor",
     "Clip",
+    "Composite",
     "Dense",
     "DesyncError",
     "DiagonalCurvature",
     "FittedAdaLeZO",
     "Flipout",
+    "JacobianWindow",
     "LearnedScale",
     "LowRank",
     "Momentum",

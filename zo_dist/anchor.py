@@ -167,15 +167,15 @@ class Anchored(Part):
 
     def earlier(
         self, terms: Sequence[tuple[int, float]], name: str, factor: float
-    ) -> tuple[int, list[tuple[int, float]]] | None:
+    ) -> list[tuple[int, list[tuple[int, float]]]]:
         """The anchor's step and what of `terms` is added in a parameter that is perturbed by `factor`.
 
         `factor` squared goes with its gradient in any step; the anchor's scales have one of theirs in them.
         """
         if not terms:
-            return None
+            return []
         again = factor * factor / self._factors.get(name, 1.0)
-        return self.record.step, [(d, coef * again) for d, coef in terms]
+        return [(self.record.step, [(d, coef * again) for d, coef in terms])]
 
     def state_dict(self) -> dict[str, Any]:
         if not self.every:

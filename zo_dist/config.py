@@ -17,6 +17,7 @@ from zo_dist.anchor import Anchor, Anchored
 from zo_dist.carried import Carried, PerturbationMomentum
 from zo_dist.curvature import Curvature, DiagonalCurvature
 from zo_dist.estimators import Estimator, OneSided, ThreeSided, TwoSided
+from zo_dist.jacobian import Jacobian, JacobianWindow
 from zo_dist.laws import Law
 from zo_dist.mask import SmallWeights
 from zo_dist.methods import (
@@ -35,6 +36,7 @@ from zo_dist.probes import require_groups
 from zo_dist.projection import Projected, Projection
 from zo_dist.rounding import Rounding
 from zo_dist.settings import apply_overrides, build, read_yaml
+from zo_dist.steering import Steering
 from zo_dist.structure import noise_of
 from zo_dist.trials import require_fine_weights, require_trials
 
@@ -177,10 +179,10 @@ class OptimizerConfig:
     `clip_rows`: see `zo_dist.TwoSided`; null does not clip. `structure`: of the noise of a matrix; null is
     none. `mask`: see `zo_dist.SmallWeights`; null trains all weights of a parameter. `curvature`: see
     `zo_dist.DiagonalCurvature`; null perturbs all weights alike. It goes with `three_sided`.
-    `perturbation_momentum`: see `zo_dist.PerturbationMomentum`; null draws each direction anew. `anchor`: see
-    `zo_dist.Anchor`; null has none. `projection`: see `zo_dist.Projection`; null never projects. `arms`: a
-    regular expression for arms finer than a layer; null has none. `conservative` needs `model.dtype:
-    float32`.
+    `perturbation_momentum`: see `zo_dist.PerturbationMomentum`; null draws each direction anew. `jacobian`:
+    see `zo_dist.JacobianWindow`; null writes no earlier step again. `anchor`: see `zo_dist.Anchor`; null has
+    none. `projection`: see `zo_dist.Projection`; null never projects. `arms`: a regular expression for arms
+    finer than a layer; null has none. `conservative` needs `model.dtype: float32`.
     """
 
     lr: float
@@ -199,6 +201,7 @@ class OptimizerConfig:
     mask: SmallWeights | None = None
     curvature: DiagonalCurvature | None = None
     perturbation_momentum: PerturbationMomentum | None = None
+    jacobian: JacobianWindow | None = None
     anchor: Anchor | None = None
     arms: str | None = None
     projection: Projection | None = None
@@ -228,7 +231,11 @@ class OptimizerConfig:
         anchor = Anchored(self.anchor)
         anchor.require(coefficients, rule, curvature)
         others = self.build_estimator(), curvature, structure, rule, anchor, self.conservative
-        Carried(self.perturbation_momentum).require(*others)
+        momentum = Carried(self.perturbation_momentum)
+        momentum.require(*others)
+        steering = next((s for s in (momentum, curvature) if s.used), Steering())
+        parts = self.build_estimator(), coefficients, rule, steering, anchor, self.conservative
+        Jacobian(self.jacobian).require(*parts)
         if rule.factored:
             noise.require_factor(rule.lasting)
         Projected(self.projection).require(anchor, self.build_estimator())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zo_dist.clock import Clock
 from zo_dist.coefficients import Coefficients
+from zo_dist.jacobian import Jacobian
 from zo_dist.params import evaluating
 from zo_dist.parts import Shifts
 from zo_dist.perturb import ModulePerturbation, ShardPerturbation
@@ -32,6 +33,7 @@ class Losses(Startup):
     sampler: Sampler
     coefficients: Coefficients
     scale: Scale
+    jacobian: Jacobian
     # Of each parameter, by `scale`, in the step at hand.
     factors: dict[str, float]
     # Which may run once for all probes, and the names of parameters that run before them.
@@ -104,7 +106,8 @@ class Losses(Startup):
             perturbation = ModulePerturbation(self.engine.here(union.values()), shifts, shared)
         else:
             perturbation = ShardPerturbation(shifts, self.engine.publish)
-        return StepProbes(self.engine, drawn, self.directions_per_row, estimator, eps, perturbation)
+        tests = drawn, self.directions_per_row, estimator, eps, perturbation
+        return StepProbes(self.engine, *tests, outputs=self.jacobian.used)
 
     def _tried(
         self, trials: Trials, evaluate: Callable[[StepProbes], Tensor], draws: list[Draw], record: StepRecord
@@ -122,7 +125,7 @@ class Losses(Startup):
 
 
 def means(sums: Tensor) -> Tensor:
-    """Mean losses, of `[..., 2]` sums of losses and weights.
+    """Mean losses, of `[..., 2]` sums of losses and weights, and of more columns.
 
     A direction whose rows all weigh nothing (no labels) has no slope, and no share in the step.
     """

@@ -17,6 +17,7 @@ from zo_dist.coefficients import Coefficients, Raw
 from zo_dist.curvature import Curvature, DiagonalCurvature
 from zo_dist.engines import select
 from zo_dist.estimators import Estimator, ThreeSided, TwoSided
+from zo_dist.jacobian import Jacobian, JacobianWindow
 from zo_dist.laws import Law
 from zo_dist.losses import Losses, means
 from zo_dist.mask import Mask, SmallWeights
@@ -64,9 +65,9 @@ class ZeroOrder(Losses):
     row of `step_batch`. `sampler`: which arms each of them draws;
     `estimator`, `coefficients`, `rule`: from losses to slopes, to what counts of them, to the move of the
     weights; `noise`, `structure`, `scale`, `curvature`, `perturbation_momentum`, `mask`: the directions
-    themselves; `anchor`: a point to compare with; `projection`: steps back to the start (docs/methods.md has
-    them all). A `curvature` implies `ThreeSided`. `arms`: a regular expression for arms finer than a layer
-    (`params.group_arms`).
+    themselves; `jacobian`: earlier steps that are written again; `anchor`: a point to compare with;
+    `projection`: steps back to the start (docs/methods.md has them all). A `curvature` implies `ThreeSided`.
+    `arms`: a regular expression for arms finer than a layer (`params.group_arms`).
     `conservative`: what a direction writes is tried first, by its rows, and kept, turned round or left
     (ZO-SGD-Cons, arXiv 2402.11592); it needs float32 weights, `SGD`, and a second round of three forwards.
     `perturb`: `module` shifts a weight in a scratch copy while the module that owns it runs; `shard` shifts
@@ -100,6 +101,7 @@ class ZeroOrder(Losses):
         mask: SmallWeights | None = None,
         curvature: DiagonalCurvature | None = None,
         perturbation_momentum: PerturbationMomentum | None = None,
+        jacobian: JacobianWindow | None = None,
         anchor: Anchor | None = None,
         arms: str | None = None,
         projection: Projection | None = None,
@@ -150,6 +152,9 @@ class ZeroOrder(Losses):
             self.perturbation_momentum.require(*others)
             steerings = self.perturbation_momentum, self.curvature
             self.steering = next((s for s in steerings if s.used), Steering())
+            self.jacobian = Jacobian(jacobian)
+            parts = self.estimator, self.coefficients, self.rule, self.steering, self.anchor, conservative
+            self.jacobian.require(*parts)
             self.anchor.bind(sizes, self.noise, directions)
             if self.anchor.every:
                 require_groups(self.anchor.directions, directions_per_row, "anchor.directions")
@@ -250,7 +255,8 @@ class ZeroOrder(Losses):
         coefs = used * weights / weights.sum()
         # Most estimators tell none.
         bends = zip(way.estimator.curvatures(losses[0], way.eps).tolist(), weights.tolist(), strict=False)
-        told = slopes.tolist(), coefs.tolist(), of_sides[:2], list(bends)
+        of_outputs = self.jacobian.told(sums, way.estimator, way.eps) if way is self else ([], [])
+        told = slopes.tolist(), coefs.tolist(), of_sides[:2], list(bends), *of_outputs
         record = StepRecord.of(step, lr, draws, *told)
         if self.trials and way is self and record.finite and lr:
             record = self._tried(self.trials, evaluate, draws, record)
@@ -273,6 +279,7 @@ class ZeroOrder(Losses):
         if record.lr:
             with self.clock.on("update"):
                 self._write(record, draws)
+        self.jacobian.observe(record, self.factors)
         if not at_anchor:
             self.sampler.observe(draws, record.slopes)
         self.coefficients.observe(record.slopes)
@@ -280,20 +287,22 @@ class ZeroOrder(Losses):
 
     def _write(self, record: StepRecord, draws: list[Draw]) -> None:
         terms, bends = record.terms, self.curvature.bends(record)
-        of_anchor = self.anchor.terms(record, draws)
+        of_anchor, again = self.anchor.terms(record, draws), self.jacobian.again(record)
         parts = self.rule, self.rounding, self.noise
         write = Write(*parts, record.step, record.lr, self.mask, self.steering)
-        params = {p.name: (p, arm) for arm in sorted(terms) for p in self.arms[arm].params}
-        for arm in terms:
+        arms = sorted({*terms, *(arm for _, of_step in again for arm in of_step)})
+        params = {p.name: (p, arm) for arm in arms for p in self.arms[arm].params}
+        for arm in arms:
             self.writes[arm] += 1
         for span in self.engine.spans([p for p, _ in params.values()]):
             param, arm = params[span.name]
             factor = self.factors.get(span.name, 1.0)
-            mine = [(d, coef * factor) for d, coef in terms[arm]]
+            mine = [(d, coef * factor) for d, coef in terms.get(arm, ())]
             earlier = self.anchor.earlier(of_anchor.get(arm, ()), span.name, factor)
+            earlier += self.jacobian.earlier(again, arm, span.name)
             before = self.writes[arm], self.written[arm]
             update_span(span, param, Terms(mine, *before, bends.get(arm, ()), earlier), write)
-        for arm in terms:
+        for arm in arms:
             self.written[arm] = record.step
         self.engine.publish()
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_dist.composite import Composite
 from zo_dist.engines import Engine
 from zo_dist.engines.agreement import digest, fingerprint
 from zo_dist.estimators import Estimator
@@ -127,7 +128,9 @@ class StepProbes:
     """The probes of one step, evaluated by closure or in stacked forwards, in either perturb mode.
 
     `drawn`: per direction, the parameters it perturbs. `per_row`: how many directions a row tests. Every
-    method returns float64 `[directions, sides, 2]`: summed loss and summed weight of this rank.
+    method returns float64 `[directions, sides, 2]`: summed loss and summed weight of this rank. With
+    `outputs`, and of a `Composite`, that is `[directions, sides, 2 + 2 width]`: after these the sums of its
+    outputs, and of the derivatives of the losses by them.
     """
 
     def __init__(
@@ -138,8 +141,10 @@ class StepProbes:
         estimator: Estimator,
         eps: float,
         perturbation: ModulePerturbation | ShardPerturbation,
+        outputs: bool = False,
     ) -> None:
         self._engine, self._perturbation = engine, perturbation
+        self._outputs, self._columns = outputs, 2
         self._drawn, self._per_row, self._estimator, self._eps = drawn, per_row, estimator, eps
         self._probes = [
             [
@@ -175,6 +180,7 @@ class StepProbes:
             rows = num_rows(batch)
             shares.append(rows_of_groups(first, rows, total, len(self._probes) // self._per_row))
             first += rows
+        self._tell_outputs(row_loss)
         padded = [*batches, *[batches[0]] * (num_forwards - len(batches))]
         shares += [[]] * (num_forwards - len(batches))
         pieces = list(zip(padded, shares, strict=True))
@@ -192,10 +198,15 @@ class StepProbes:
 
         Module mode alone. A piece is asked for when the one before it is done, so weights may change between.
         """
+        self._tell_outputs(row_loss)
         with self._installed():
             for batch, share in pieces:
                 self._stacked(batch, share, row_loss)
         return self._total()
+
+    def _tell_outputs(self, row_loss: RowLoss) -> None:
+        if self._outputs and isinstance(row_loss, Composite):
+            self._columns = 2 + 2 * row_loss.width
 
     def _of_group(self, group: int) -> list[tuple[int, Probe]]:
         """The probes on the rows of one group, in order, each with its side. The unshifted one comes once."""
@@ -227,7 +238,7 @@ class StepProbes:
             with perturbation.probes(probes, ranges):
                 return self._row_losses(batch, ranges, row_loss)
 
-        sums = self._engine.evaluate(part, stacked, 2)
+        sums = self._engine.evaluate(part, stacked, self._columns)
         if not counts:
             return
         for place, of_probe in zip(places, torch.split(sums, [rows for _, rows in live]), strict=True):
@@ -249,13 +260,20 @@ class StepProbes:
         start = 0
         for mine, rows in share:
             if mine == group:
-                self._seen[probe.direction][side].append(self._engine.evaluate(losses_from(start), rows, 2))
+                seen = self._engine.evaluate(losses_from(start), rows, self._columns)
+                self._seen[probe.direction][side].append(seen)
                 return
             start += rows
-        self._engine.evaluate(lambda *_: self._row_losses(first_row(batch, 1), [(0, 1)], row_loss), 1, 2)
+        nothing = first_row(batch, 1), [(0, 1)], row_loss
+        self._engine.evaluate(lambda *_: self._row_losses(*nothing), 1, self._columns)
 
     def _row_losses(self, batch: Batch, pieces: list[tuple[int, int]], row_loss: RowLoss) -> Tensor:
-        """float64 `[rows, 2]` on the CPU: loss and weight of each row."""
+        """float64 `[rows, columns]` on the CPU: loss and weight of each row, and what is told of outputs."""
+        if self._columns > 2:
+            assert isinstance(row_loss, Composite)
+            losses, *of_outputs = row_loss.told(self._engine.module, stack_rows(batch, pieces))
+            columns = [losses[:, None], torch.ones_like(losses)[:, None], *of_outputs]
+            return torch.cat([column.double() for column in columns], dim=1).cpu()
         out = row_loss(self._engine.module, stack_rows(batch, pieces))
         losses, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
         rows = sum(b - a for a, b in pieces)
@@ -278,8 +296,8 @@ class StepProbes:
         return self._perturbation.shifted(self._engine.spans(drawn), probe)
 
     def _total(self) -> Tensor:
-        """float64 `[directions, sides, 2]`: by direction and side, the sum of losses and that of weights."""
-        total = torch.zeros(len(self._seen), len(self._estimator.signs), 2, dtype=torch.float64)
+        """float64 `[directions, sides, columns]`: by direction and side, the sums over rows."""
+        total = torch.zeros(len(self._seen), len(self._estimator.signs), self._columns, dtype=torch.float64)
         for direction, sides in enumerate(self._seen):
             first = self._seen[direction - direction % self._per_row]
             signs = self._estimator.signs

@@ -260,6 +260,7 @@ def _require_fit(optimizer: ZeroOrder) -> None:
         "anchor": (optimizer.anchor.every > 0, "leave it out"),
         "curvature": (optimizer.curvature.used, "leave it out"),
         "perturbation_momentum": (optimizer.perturbation_momentum.used, "leave it out"),
+        "jacobian": (optimizer.jacobian.used, "leave it out"),
         "projection": (optimizer.projection.every > 0, "leave it out: its search needs the server's weights"),
         "conservative": (optimizer.trials is not None, "set it to false: workers do not know what to try"),
         "perturb": (optimizer.perturb != "module", "use module: workers at other weights share a step"),

@@ -62,7 +62,8 @@ class Startup(Stateful):
         # A weight is shifted where the model computes, and written where its span is.
         kinds = {(p.param.dtype, self.engine.device) for p in self.params}
         kinds |= {(span.flat.dtype, span.flat.device) for span in self.engine.spans(self.params)}
-        unfused = bool(self.mask.thresholds or self.anchor.every) or self.steering.used
+        adds = self.steering.used or self.jacobian.used
+        unfused = bool(self.mask.thresholds or self.anchor.every) or adds
         most = max(self.directions, self.anchor.directions)
         self.noise.warm_up(
             kinds,

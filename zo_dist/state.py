@@ -11,6 +11,7 @@ from zo_dist.anchor import Anchored
 from zo_dist.carried import Carried
 from zo_dist.curvature import Curvature
 from zo_dist.estimators import Estimator
+from zo_dist.jacobian import Jacobian
 from zo_dist.noise import Noise
 from zo_dist.params import Arm, Param
 from zo_dist.part import Part
@@ -33,6 +34,7 @@ class Stateful(torch.optim.Optimizer):
     curvature: Curvature
     perturbation_momentum: Carried
     steering: Steering
+    jacobian: Jacobian
     anchor: Anchored
     projection: Projected
     trials: Trials | None
@@ -65,7 +67,7 @@ class Stateful(torch.optim.Optimizer):
     def parts(self) -> dict[str, Part]:
         """What makes a write of slopes, by name: with these, and noise and rounding, a log is replayed."""
         names = ["sampler", "coefficients", "rule", "scale", "mask", "curvature", "perturbation_momentum"]
-        return {name: getattr(self, name) for name in [*names, "anchor", "projection"]}
+        return {name: getattr(self, name) for name in [*names, "jacobian", "anchor", "projection"]}
 
     @property
     def beside(self) -> dict[str, dict[str, Tensor]]:

@@ -99,6 +99,7 @@ def build_optimizer(config: Config, model: nn.Module) -> ZeroOrder:
         mask=settings.mask,
         curvature=settings.curvature,
         perturbation_momentum=settings.perturbation_momentum,
+        jacobian=settings.jacobian,
         anchor=settings.anchor,
         arms=settings.arms,
         projection=settings.projection,

@@ -27,9 +27,9 @@ import torch
 from zo_dist.files import append_whole, naming, write_whole
 from zo_dist.samplers import Draw
 
-MAGIC, VERSION = b"zo_dist\n", 5
+MAGIC, VERSION = b"zo_dist\n", 6
 
-_U32, _STEP, _LOSSES = struct.Struct("<I"), struct.Struct("<QdH"), struct.Struct("<dd")
+_U32, _STEP, _LOSSES = struct.Struct("<I"), struct.Struct("<QdHB"), struct.Struct("<dd")
 _DIRECTION, _CURVATURE = struct.Struct("<dfB"), struct.Struct("<ff")
 # Of the byte that says how a direction's weights are written: how many are listed, and as float32.
 _MOST_LISTED, _WIDE = 127, 128
@@ -52,7 +52,9 @@ class StepRecord:
     float32, `arms` that it drew, and for each of these its `weights` in the update, as a float16 can hold
     them (or, if they leave its range, a float32). `losses`: the mean loss of either side of the
     slope. `curvatures`: of each direction its curvature and the weight of its rows, in float32; empty unless
-    H is learnt from them (`Curvature`). All are empty if the step was skipped.
+    H is learnt from them (`Curvature`). `gradient`, `changes`: of the loss by the outputs of a `Composite`,
+    and of each direction what each of them changed by along it, per length, times its share of the rows; in
+    float32, empty unless a `Jacobian` keeps them. All are empty if the step was skipped.
     """
 
     step: int
@@ -63,6 +65,8 @@ class StepRecord:
     weights: tuple[tuple[float, ...], ...] = ()
     losses: tuple[float, ...] = ()
     curvatures: tuple[tuple[float, float], ...] = ()
+    gradient: tuple[float, ...] = ()
+    changes: tuple[tuple[float, ...], ...] = ()
 
     @staticmethod
     def of(
@@ -73,12 +77,15 @@ class StepRecord:
         coefs: Sequence[float],
         losses: Sequence[float],
         curvatures: Sequence[tuple[float, float]] = (),
+        gradient: Sequence[float] = (),
+        changes: Sequence[Sequence[float]] = (),
     ) -> StepRecord:
         """The record of a step; `coefs` are the slopes times each direction's share of the rows."""
         arms, weights = tuple(draw.arms for draw in draws), tuple(_short(draw.weights) for draw in draws)
         bends = ((c, w) for c, w in torch.tensor(curvatures, dtype=torch.float32).tolist())
+        told = _float32(gradient), tuple(_float32(of_direction) for of_direction in changes)
         return StepRecord(
-            step, lr, tuple(slopes), arms, _float32(coefs), weights, tuple(losses), tuple(bends)
+            step, lr, tuple(slopes), arms, _float32(coefs), weights, tuple(losses), tuple(bends), *told
         )
 
     @property
@@ -90,7 +97,8 @@ class StepRecord:
     @property
     def finite(self) -> bool:
         """Is every number fit to be written to weights?"""
-        return all(map(math.isfinite, itertools.chain(self.slopes, *self.scales, *self.curvatures)))
+        told = self.slopes, *self.scales, *self.curvatures, self.gradient, *self.changes
+        return all(map(math.isfinite, itertools.chain(*told)))
 
     @property
     def terms(self) -> dict[int, list[tuple[int, float]]]:
@@ -103,19 +111,21 @@ class StepRecord:
 
     def pack(self, num_arms: int) -> bytes:
         """The record as bytes; `num_arms` is that of the run."""
-        parts = [_STEP.pack(self.step, self.lr, len(self.slopes))]
+        parts = [_STEP.pack(self.step, self.lr, len(self.slopes), len(self.gradient))]
         parts += [_LOSSES.pack(*self.losses)] if self.slopes else []
         of_directions = zip(self.slopes, self.coefs, self.arms, self.weights, strict=True)
         for slope, coef, arms, weights in of_directions:
             mask = sum(1 << arm for arm in arms).to_bytes(-(-num_arms // 8), "little")
             form, body = _pack_weights(weights)
             parts += [_DIRECTION.pack(slope, coef, form), mask, body]
-        return b"".join(parts + [_CURVATURE.pack(*pair) for pair in self.curvatures])
+        parts += [_CURVATURE.pack(*pair) for pair in self.curvatures]
+        outputs = list(itertools.chain(self.gradient, *self.changes))
+        return b"".join([*parts, struct.pack(f"<{len(outputs)}f", *outputs)])
 
     @staticmethod
     def unpack(data: bytes, num_arms: int) -> StepRecord:
         """What `pack` packed. struct.error, ValueError or IndexError if it is none."""
-        step, lr, count = _STEP.unpack_from(data)
+        step, lr, count, num_outputs = _STEP.unpack_from(data)
         at, width = _STEP.size, -(-num_arms // 8)
         slopes, coefs, drawn, weighed = [], [], [], []
         losses = _LOSSES.unpack_from(data, at) if count else ()
@@ -130,13 +140,17 @@ class StepRecord:
             coefs.append(coef)
             drawn.append(arms)
             weighed.append(weights)
-        # All before this says how long it is, so that the rest is curvatures or nothing.
-        curvatures = tuple(_CURVATURE.iter_unpack(data[at:]))
-        if len(curvatures) not in (0, count):
-            raise ValueError(f"{len(data) - at} bytes too many")
-        return StepRecord(
-            step, lr, tuple(slopes), tuple(drawn), tuple(coefs), tuple(weighed), losses, curvatures
+        # All else says how long it is, so that what is between is curvatures or nothing.
+        end = len(data) - 4 * num_outputs * (1 + count)
+        curvatures = tuple(_CURVATURE.iter_unpack(data[at:end]))
+        if len(curvatures) not in (0, count) or end < at:
+            raise ValueError(f"{end - at} bytes too many")
+        outputs = (
+            [tuple(of) for of in struct.iter_unpack(f"<{num_outputs}f", data[end:])] if num_outputs else []
         )
+        of_directions = tuple(slopes), tuple(drawn), tuple(coefs), tuple(weighed)
+        told = outputs[0] if outputs else (), tuple(outputs[1:])
+        return StepRecord(step, lr, *of_directions, losses, curvatures, *told)
 
 
 class TrajectoryReader:

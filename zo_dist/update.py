@@ -50,14 +50,14 @@ class Terms:
 
     `of_step`: `(direction, coefficient)`, the coefficients already weighted and averaged. `writes`: as of
     `Rule.move`; `last`: the step that wrote before, or -1. `bends`: what a curvature learns from,
-    `(direction, curvature)`. `earlier`: another step, and terms of it that are added after those of this one.
+    `(direction, curvature)`. `earlier`: other steps, and terms of each that are added after this one's.
     """
 
     of_step: Sequence[tuple[int, float]]
     writes: int = 1
     last: int = -1
     bends: Sequence[tuple[int, float]] = ()
-    earlier: tuple[int, Sequence[tuple[int, float]]] | None = None
+    earlier: Sequence[tuple[int, Sequence[tuple[int, float]]]] = ()
 
 
 def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
@@ -104,8 +104,8 @@ def update_span(span: Span, param: Param, terms: Terms, write: Write) -> None:
                 else:
                     for piece, total in thin.pieces(offset, len(exact)):
                         exact[piece] = total
-                if terms.earlier is not None:
-                    noise.accumulate(exact, span.name, *terms.earlier, offset)
+                for another, of_it in terms.earlier:
+                    noise.accumulate(exact, span.name, another, of_it, offset)
                 if steered is not None:
                     of_directions = terms.of_step, terms.bends
                     steering.steer(exact, steered, noise, span.name, step, *of_directions, offset)

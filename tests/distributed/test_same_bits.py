@@ -10,7 +10,7 @@ import pytest
 import table
 import torch
 from injected import Injected, remembered_noise
-from models import EXPERTS, build, cut, loss_of, rows_for
+from models import EXPERTS, build, cut, loss_of, rows_for, two_outputs
 from reference import Reference, weight_tolerance
 from workers import HAVE_DEEPSPEED, Pool, digest, needs_deepspeed, runs_in, whole_weights, wrap
 
@@ -71,12 +71,12 @@ def in_force(combo: Combo) -> Combo:
     """What the table makes of a run whose values do not go together."""
     write, (directions, per_row), sampler, mode, noise, estimator, shape, rule, mask, besides = combo
     estimator = table.estimator_for(sampler, estimator)
-    anchored = table.anchor_for(table.BESIDES[besides].get("anchor", "none"), estimator) != "none"
-    noise = table.noise_for(noise, estimator, anchored)
-    shape = table.coefficients_for(shape, directions, anchored)
+    besides = table.besides_for(besides, estimator)
+    adds = table.adds_terms(besides)
+    noise = table.noise_for(noise, estimator, adds)
+    shape = table.coefficients_for(shape, directions, adds)
     structure = table.NOISES[noise].get("structure")
-    rule = table.rule_for(rule, structure, estimator == "three_sided", anchored)
-    besides = "none" if besides == "anchor" and not anchored else besides
+    rule = table.rule_for(rule, structure, estimator == "three_sided", adds)
     return (write, (directions, per_row), sampler, mode, noise, estimator, shape, rule, mask, besides)
 
 
@@ -136,6 +136,7 @@ FEW: list[Combo] = [
     (F32, (3, 1), "adalezo", "module", "subzero", "two_sided", "raw", "lozo_m", "all", "none"),
     (BF16, (4, 2), "adalezo", "module", "gaussian", "three_sided", "raw", "sgd", "all", "none"),
     (BF16, (2, 1), "uniform", "module", "zo_adamu", "two_sided", "raw", "momentum", "small", "none"),
+    (BF16, (2, 1), "adalezo", "module", "gaussian", "one_sided", "raw", "sgd", "all", "outputs"),
 ]
 
 
@@ -184,10 +185,14 @@ def final_weights(engine: str, kind: str, combo: Combo, given: bool, **options: 
     num_forwards = 11 if engine == "pipeline" else max(len(pieces) for pieces in share)
     calls = {"num_forwards": num_forwards, "per_row": per_row}
     known = Injected(optimizer.perturb, directions, **calls, estimator=estimator, search=searched(besides))
-    loss = known if given else loss_of
+    loss = loss_for(besides, known if given else loss_of)
     for _ in range(STEPS):
         optimizer.step_batch(mine, loss)
     return whole_weights(optimizer)
+
+
+def loss_for(besides: str, loss: Any) -> Any:
+    return two_outputs(loss) if besides == "outputs" else loss
 
 
 def searched(besides: str) -> zo_dist.Projection | None:
@@ -228,10 +233,11 @@ def weights_of_reference(
         share=1.0 if small is None else small.share,
         anchor=dropped and (dropped.every, directions, dropped.lr_ratio),
         projection=searched(besides),
+        window=table.JACOBIANS[table.BESIDES[besides].get("jacobian", "none")],
     )
     batch = rows_for(kind, ROWS, dtype=table.dtype_of(dtype))
     known = Injected("reference", directions, estimator=estimator, per_row=per_row, search=searched(besides))
-    loss = known if given else loss_of
+    loss = loss_for(besides, known if given else loss_of)
     with remembered_noise():
         losses = [reference.step(batch, loss) for _ in range(STEPS)]
     return reference.weights(), losses
@@ -399,6 +405,8 @@ GAIN = {"dense": 1.0, "uniform": 1.0, "adalezo": 70.0, "adalezo_both": 70.0, "fi
         ("uniform", (4, 2), "shard", "small", "none"),
         ("dense", (2, 1), "module", "all", "anchor"),
         ("dense", (1, 1), "module", "all", "search"),
+        ("uniform", (2, 1), "module", "all", "window"),
+        ("adalezo", (3, 1), "shard", "all", "outputs"),
         ("fitted_adalezo", (8, 4), "module", "all", "none"),
     ],
 )

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from zo_dist.composite import Composite
+
 Batch = Mapping[str, Any]
 
 # The most elements of logits turned to float32 at once (256 MiB).
@@ -49,6 +51,21 @@ def option_scores(model: nn.Module, batch: Batch) -> Tensor:
 def choice_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy over the options of each row (MeZO's train_as_classification): [R] float32."""
     return F.cross_entropy(option_scores(model, batch), batch["label"], reduction="none")
+
+
+def option_margins(model: nn.Module, batch: Batch) -> Tensor:
+    """By how much the other options of each row outweigh the right one: [R, 1] float32.
+
+    The logarithm of the ratio of their probabilities, cut at -100. Its softplus is `choice_loss`.
+    """
+    scores, label = option_scores(model, batch), batch["label"][:, None]
+    others = scores.scatter(1, label, -torch.inf).logsumexp(1, keepdim=True)
+    # A row of one option has no other: -inf, of which there is no difference.
+    return (others - scores.gather(1, label)).clamp(min=-100.0)
+
+
+# `choice_loss`, to rounding, by an output that says the same of every row, whichever its right option is.
+choice_margin = Composite(option_margins, lambda margins, _: F.softplus(margins[:, 0]), width=1)
 
 
 def option_nll_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

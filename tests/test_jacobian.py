@@ -1,0 +1,425 @@
+"""Earlier steps that are written again: by how much, at which limit it is what, and what is kept of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import table
+import torch
+import yaml
+from models import build, loss_of, rows_for, step, two_outputs
+from tiny_run import tiny_config
+from torch import Tensor, nn
+from workers import Pool, digest, whole_weights, wrap
+
+import zo_dist
+from zo_dist.cli import main
+from zo_dist.config import load_config
+from zo_dist.replay import identity, replay
+from zo_dist.snapshot import save_snapshot
+from zo_dist.tasks import choice_loss, choice_margin
+from zo_dist.trajectory import StepRecord, TrajectoryError, TrajectoryWriter
+
+ROOT = Path(__file__).parent.parent
+EPS = 2.0**-6
+
+
+def make(model: nn.Module | None = None, **options: Any) -> zo_dist.ZeroOrder:
+    shared = {"lr": 2.0**-7, "eps": EPS, "seed": 4, "self_check": False, "jacobian": "window"}
+    return table.optimizer(build("sequential") if model is None else model, **{**shared, **options})
+
+
+# What is written
+
+
+class Linear(nn.Module):
+    """Two outputs, linear in the weights, the same in every row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 2, bias=False), nn.Linear(4, 2, bias=False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x) + self.layers[1](x[:, :4])
+
+
+def curved(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Not linear in outputs: their gradient is another at every step."""
+    return outputs[:, 0].square() + (outputs[:, 0] * outputs[:, 1]).exp() + 3.0 * outputs[:, 1]
+
+
+def outputs_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    out = model(batch["x"])
+    assert isinstance(out, Tensor)
+    return out
+
+
+LOSS = zo_dist.Composite(outputs_of, curved, width=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])
+@pytest.mark.parametrize("sampler", list(table.SAMPLERS))
+def test_an_earlier_direction_gets_the_slope_that_it_has_today(estimator: str, sampler: str) -> None:
+    """With outputs that are linear in the weights, as J is then the same in every step.
+
+    The slope by autograd at today's weights, eps being 2**-10. Outputs have 24 bits, so that their
+    differences are exact to 2**-14 of their size or so; G of two sides is off by order eps**2. The step's own
+    slope is of losses, and of one side off by eps / 2 z.Hz, where H is some 10 and z.z up to 10.
+    """
+    torch.manual_seed(0)
+    model, batch = Linear(), {"x": torch.randn(1, 6).expand(3, 6).contiguous()}
+    window = zo_dist.JacobianWindow(window=4, decay=0.5)
+    options: dict[str, Any] = {"jacobian": window, "estimator": estimator, "sampler": sampler}
+    optimizer = make(model, directions=3, lr=0.02, eps=2.0**-10, arms=r"layers\.\d", **options)
+    tolerance = {"two_sided": 1e-3, "one_sided": 2e-2}[estimator]
+    draws: list[list[Any]] = []
+    compared = 0
+    for now in range(8):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        draws.append([optimizer.sampler.draw(now, d) for d in range(3)])
+        losses = LOSS(model, batch).mean()
+        gradient = dict(
+            zip(before, torch.autograd.grad(losses, list(model.parameters())), strict=True)  # type: ignore[arg-type]
+        )
+        optimizer.step_batch(batch, LOSS)
+        moved, sizes = dict.fromkeys(before, torch.zeros(())), dict.fromkeys(before, 0.0)
+        for age in range(min(4, now + 1)):
+            for d, draw in enumerate(draws[now - age]):
+                names = [
+                    (p.name, arm, i) for i, arm in enumerate(draw.arms) for p in optimizer.arms[arm].params
+                ]
+                z = {
+                    name: optimizer.noise.values(name, now - age, d, 0, before[name].numel()).view_as(
+                        before[name]
+                    )
+                    for name, *_ in names
+                }
+                slope = sum(float((gradient[n] * z[n]).sum()) * draw.lengths[i] for n, _, i in names)
+                for name, _, i in names:
+                    moved[name] = moved[name] + 0.5**age * slope / 3 * draw.weights[i] * z[name]
+                    sizes[name] += 0.5**age * abs(slope) / 3 * draw.weights[i]
+        for name, p in model.named_parameters():
+            got = (before[name] - p.detach()) / 0.02
+            # The log's weights of draws have 11 bits, and weights 24.
+            limit = (tolerance + 2.0**-11) * sizes[name] + 2.0**-23 / 0.02
+            assert float((got - moved[name]).abs().max()) <= limit
+            compared += sizes[name] > 0.1
+    assert compared >= 8
+
+
+def test_of_losses_alone_earlier_estimates_are_added_as_they_were() -> None:
+    """Written by hand from the records; float32 keeps 24 bits of each of the few that are added."""
+    window = zo_dist.JacobianWindow(window=3, decay=0.5)
+    optimizer, records = make(jacobian=window, directions=2, sampler="uniform"), list[StepRecord]()
+    for now in range(6):
+        before = {p.name: p.param.detach().clone() for p in optimizer.params}
+        step(optimizer)
+        records.append(optimizer.record)
+        assert optimizer.record.gradient == ()
+        moved = {name: torch.zeros_like(w) for name, w in before.items()}
+        for age, record in enumerate(records[: -min(now + 1, 3) - 1 : -1]):
+            for arm, terms in record.terms.items():
+                for p in optimizer.arms[arm].params:
+                    for d, scale in terms:
+                        z = optimizer.noise.values(p.name, record.step, d, 0, before[p.name].numel())
+                        moved[p.name] += 0.5**age * scale * z.view_as(before[p.name])
+        for p in optimizer.params:
+            expected = before[p.name] - 2.0**-7 * moved[p.name]
+            torch.testing.assert_close(p.param.detach(), expected, rtol=2.0**-22, atol=2.0**-24)
+
+
+@pytest.mark.parametrize("outputs", [False, True])
+@pytest.mark.parametrize("sampler", list(table.SAMPLERS))
+@pytest.mark.parametrize(
+    "window",
+    [
+        zo_dist.JacobianWindow(window=1),
+        zo_dist.JacobianWindow(decay=0.0),
+        # From epoch 11 on, which is step 0 of a cycle no more.
+        zo_dist.JacobianWindow(epoch=1, cycle=1),
+    ],
+    ids=str,
+)
+def test_without_an_earlier_step_it_is_what_it_was_before(
+    window: zo_dist.JacobianWindow, sampler: str, outputs: bool
+) -> None:
+    loss = two_outputs(loss_of) if outputs else loss_of
+    given = {"sampler": sampler, "directions": 3, "rule": "momentum", "compile": False}
+    with_it, without = make(jacobian=window, **given), make(jacobian=None, **given)
+    for optimizer in (with_it, without):
+        step(optimizer, 8, loss)
+    assert digest(whole_weights(with_it)) == digest(whole_weights(without))
+    assert without.record.gradient == ()
+
+
+def test_the_decay_falls_by_epochs_and_begins_anew_with_each_cycle() -> None:
+    optimizer = make(jacobian=zo_dist.JacobianWindow(decay=0.9, epoch=2, cycle=30))
+    shares = [optimizer.jacobian.share(i) for i in range(30)]
+    expected = [0.9 / (1 + 10 * t) for t in range(11) for _ in range(2)] + [0.0] * 8
+    assert shares == expected == [optimizer.jacobian.share(30 + i) for i in range(30)]
+    kept = []
+    for _ in range(32):
+        step(optimizer)
+        kept.append(len(optimizer.jacobian.kept))
+    assert kept == [*range(1, 14), *[13] * 9, *[0] * 8, 1, 2]
+
+
+def test_the_variance_falls_as_one_over_the_window() -> None:
+    """Of the mean of as many directions, each by itself unbiased, at weights that do not move.
+
+    One direction of signs in 10 weights has, over the square of the gradient, a variance of 9; the mean of 8
+    a ninth... an eighth of that. Over 400 windows without a common step the mean square has a relative
+    deviation of some sqrt(2 / 400) = .07 or less, of which 5 are allowed for.
+    """
+    torch.manual_seed(0)
+    model, batch = Linear(), {"x": torch.randn(1, 6).expand(2, 6).contiguous()}
+    weights = list(model.parameters())
+    for w in weights:
+        w.data.zero_()
+    losses = LOSS(model, batch).mean()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(losses, weights)])
+    # So small a rate that weights stay where they are, near 0, where float32 is fine enough to see it.
+    rate = 2.0**-40
+    optimizer = make(model, jacobian=zo_dist.JacobianWindow(window=8), lr=rate, arms=None)
+    off = []
+    for i in range(400 * 8):
+        before = torch.cat([w.detach().flatten().clone() for w in weights])
+        optimizer.step_batch(batch, LOSS)
+        if i % 8 == 7:
+            estimate = (before - torch.cat([w.detach().flatten() for w in weights])) / rate / 8
+            off.append(float((estimate - gradient).square().sum() / gradient.square().sum()))
+    expected = (gradient.numel() - 1) / 8
+    assert math.fsum(off) / len(off) == pytest.approx(expected, rel=0.35)
+
+
+# Losses in two steps
+
+
+def scored(scores: list[list[float]]) -> tuple[Any, dict[str, Tensor]]:
+    """A model whose logits are scores, of options 0, 1, ... of each row."""
+    table_of = torch.tensor(scores)
+
+    class Scores(nn.Module):
+        def forward(self, input_ids: Tensor, **_: Any) -> Any:
+            from types import SimpleNamespace
+
+            return SimpleNamespace(logits=table_of[input_ids[:, 0]].unsqueeze(1))
+
+    rows, options = table_of.shape
+    ids = torch.arange(rows)[:, None]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "label": ids[:, 0] % options}
+    return Scores(), batch | {"option_ids": torch.arange(options).expand(rows, options)}
+
+
+@pytest.mark.parametrize("options", [1, 2, 5])
+def test_a_margin_has_the_loss_and_the_slopes_of_its_choice(options: int) -> None:
+    """To a few units of float32, which for logits up to 20 is 20 * 2**-23."""
+    torch.manual_seed(0)
+    model, batch = scored((torch.randn(12, options) * 6).tolist())
+    losses, margins, slopes = choice_margin.told(model, batch)
+    assert margins.shape == slopes.shape == (12, 1)
+    torch.testing.assert_close(losses, choice_loss(model, batch), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(choice_margin(model, batch), losses)
+    # What is not the right answer's probability.
+    torch.testing.assert_close(slopes[:, 0], 1 - torch.exp(-losses), rtol=1e-4, atol=1e-5)
+    assert bool(margins.isfinite().all())
+    assert (losses.max() > 1) == (options > 1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (zo_dist.Composite(outputs_of, curved, width=3), r"outputs returned .*\(6, 2\); return \[rows, 3\]"),  # type: ignore[arg-type]
+        (
+            zo_dist.Composite(outputs_of, lambda o, _: o[:, 0].detach(), width=2),
+            "does not depend on the outputs",
+        ),
+        (zo_dist.Composite(outputs_of, lambda o, _: o.sum(), width=2), "for 6 rows"),
+    ],
+    ids=["outputs", "detached", "mean"],
+)
+def test_a_composite_that_is_none_is_refused(loss: zo_dist.Composite, words: str) -> None:
+    model = Linear()
+    before = digest(model.state_dict())
+    optimizer = make(model, arms=r"layers\.\d")
+    with pytest.raises(ValueError, match=words):
+        optimizer.step_batch({"x": torch.ones(3, 6)}, loss)
+    assert digest(model.state_dict()) == before
+    for width in (0, 256):
+        with pytest.raises(ValueError, match=f"width is {width}"):
+            zo_dist.Composite(outputs_of, curved, width)  # type: ignore[arg-type]
+
+
+def test_another_loss_function_in_the_middle_is_refused() -> None:
+    optimizer = make()
+    step(optimizer, 2)
+    before, count = digest(whole_weights(optimizer)), optimizer.step_count
+    with pytest.raises(ValueError, match=r"has 2 outputs .* the window had 1"):
+        step(optimizer, 1, two_outputs(loss_of))
+    assert (digest(whole_weights(optimizer)), optimizer.step_count) == (before, count)
+    step(optimizer)
+
+
+def uneven(optimizer: zo_dist.ZeroOrder) -> None:
+    """A step in which one rank alone meets an output that is no number."""
+    rank = optimizer.engine.rank
+
+    def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        out = model(batch["x"]).float()
+        return out * (math.nan if rank == 1 else 1.0)
+
+    loss = zo_dist.Composite(outputs, lambda o, _: o[:, 0].detach() * 0 + o[:, 0], width=1)  # type: ignore[arg-type]
+    optimizer.step_batch(rows_for("sequential", 4), loss)
+
+
+def skipping(engine: str) -> tuple[int, str, list[int]]:
+    optimizer = make(wrap(engine, build("sequential")), directions=2)
+    ones = zo_dist.Composite(lambda m, b: m(b["x"]).float(), lambda o, _: o[:, 0].square(), width=1)
+    kept = []
+    for i in range(4):
+        if i == 2:
+            uneven(optimizer)
+        else:
+            optimizer.step_batch(rows_for("sequential", 4, seed=i), ones)
+        kept.append(len(optimizer.jacobian.kept))
+    return optimizer.skipped, digest(whole_weights(optimizer)), kept
+
+
+def test_a_step_that_is_skipped_has_no_place_in_the_window(pool: Callable[[int], Pool]) -> None:
+    results = pool(2).run(skipping, "fsdp2")
+    assert results[0] == results[1]
+    assert (results[0][0], results[0][2]) == (1, [1, 2, 2, 3])
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("outputs", [False, True])
+@pytest.mark.parametrize("scale", [None, zo_dist.RunningScale()], ids=["plain", "scaled"])
+def test_it_is_in_a_snapshot_and_comes_back_from_the_log(
+    tmp_path: Path, outputs: bool, scale: zo_dist.RunningScale | None
+) -> None:
+    loss = two_outputs(loss_of) if outputs else loss_of
+    fresh = {"scale": zo_dist.RunningScale} if scale else {}
+
+    def new(**more: Any) -> zo_dist.ZeroOrder:
+        options = {"sampler": "adalezo", "rule": "momentum", "directions": 3, "lr": 0.01, "mask": "small"}
+        return make(**{**options, **{key: of() for key, of in fresh.items()}, **more})
+
+    ran = new()
+    with TrajectoryWriter(tmp_path / "log", identity(ran)) as log:
+        for number in range(19):
+            step(ran, 1, loss)
+            log.append(ran.record)
+            if number == 9:
+                snapshot = save_snapshot(ran, tmp_path)
+    assert len(ran.record.gradient) == (2 if outputs else 0)
+    for start in (None, snapshot):
+        again = new()
+        assert replay(again, tmp_path / "log", snapshot=start) == 19
+        assert digest(whole_weights(again)) == digest(whole_weights(ran))
+        assert again.jacobian.state_dict() == ran.jacobian.state_dict()
+    taken = new(model=again.engine.module)
+    taken.load_state_dict(ran.state_dict())
+    for _ in range(3):
+        for optimizer in (ran, taken):
+            optimizer.step_batch(rows_for("sequential", 6, seed=optimizer.step_count), loss)
+    assert digest(whole_weights(taken)) == digest(whole_weights(ran))
+    with pytest.raises(ValueError, match="another jacobian"):
+        new(jacobian=None).load_state_dict(ran.state_dict())
+    with pytest.raises(TrajectoryError, match=r"jacobian is .* here, but was"):
+        replay(new(jacobian=None), tmp_path / "log")
+
+
+@pytest.mark.parametrize(("directions", "outputs"), list(itertools.product([1, 3], [0, 1, 255])))
+@pytest.mark.parametrize("curvatures", [False, True])
+def test_a_record_is_what_was_packed(directions: int, outputs: int, curvatures: bool) -> None:
+    numbers = [i / 8 for i in range(outputs)]
+    record = StepRecord(
+        *(
+            7,
+            0.5,
+            (1.0,) * directions,
+            ((0, 2),) * directions,
+            (0.25,) * directions,
+            ((1.0, 2.0),) * directions,
+        ),
+        (3.0, 4.0),
+        curvatures=((1.5, 2.0),) * directions if curvatures else (),
+        gradient=tuple(numbers),
+        changes=tuple(tuple(d + n for n in numbers) for d in range(directions)) if outputs else (),
+    )
+    packed = record.pack(3)
+    assert StepRecord.unpack(packed, 3) == record
+    for wrong in (packed[:-1], packed + b"\0"):
+        with pytest.raises(Exception, match=r".*"):
+            assert StepRecord.unpack(wrong, 3) == record
+
+
+# Runs
+
+
+def test_a_run_by_config_has_a_margin_for_its_output(tmp_path: Path) -> None:
+    settings = tiny_config(tmp_path, optimizer={"jacobian": {"window": 3, "decay": 0.5}})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    main(["train", str(tmp_path / "c.yaml")])
+    records = list(zo_dist.TrajectoryReader(tmp_path / "run" / "trajectory.zo"))
+    assert [len(r.gradient) for r in records] == [1, 1, 1]
+    # The mean of what is not the right answer's probability.
+    assert all(0 < r.gradient[0] < 1 for r in records)
+    assert all(len(r.changes) == 2 for r in records)
+
+
+@pytest.mark.parametrize("name", ["pseuzo_opt1.3b_sst2", "adalezo_pseuzo_opt13b_sst2"])
+def test_recipes_name_it(name: str) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert config.optimizer.jacobian is not None
+    # Cycles are of whole epochs, and the published code counts the last one that is begun.
+    epoch = -(-config.data.train // config.train.rows)
+    epochs = -(-config.train.steps // epoch)
+    assert config.optimizer.jacobian == zo_dist.JacobianWindow(epoch=epoch, cycle=epochs // 2 * epoch)
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"curvature": zo_dist.DiagonalCurvature()}, "there is a curvature, with which they would be others"),
+        ({"perturbation_momentum": zo_dist.PerturbationMomentum()}, "there is a perturbation_momentum, with"),
+        ({"anchor": zo_dist.Anchor(every=3)}, "an anchor too.*leave out one"),
+        ({"conservative": True}, "conservative is true.*set conservative to false"),
+        ({"coefficients": zo_dist.SignOnly()}, "coefficients is SignOnly: set it to Raw"),
+        ({"estimator": zo_dist.TwoSided(clip_rows=1.0)}, "clip_rows is 1.0"),
+        (
+            {"rule": zo_dist.Momentum(factored=True), "structure": zo_dist.LowRank()},
+            "set factored to false",
+        ),
+    ],
+    ids=["curvature", "momentum", "anchor", "conservative", "coefficients", "clip_rows", "factored"],
+)
+def test_what_does_not_go_together_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        zo_dist.ZeroOrder(build("sequential"), jacobian=zo_dist.JacobianWindow(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window": 0}, "window is 0; it must be at least 1"),
+        ({"decay": 1.5}, "decay is 1.5; it must lie in"),
+        ({"decay": math.nan}, "decay is nan"),
+        ({"epoch": 0}, "epoch is 0; .* or null"),
+        ({"cycle": -1}, "cycle is -1; .* or null"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        zo_dist.JacobianWindow(**options)
