@@ -21,12 +21,14 @@ import zo_dist
 from zo_dist.cli import main
 from zo_dist.config import load_config
 from zo_dist.replay import identity, replay
+from zo_dist.scale import Scale
 from zo_dist.snapshot import save_snapshot
 from zo_dist.tasks import choice_loss, choice_margin
 from zo_dist.trajectory import StepRecord, TrajectoryError, TrajectoryWriter
 
 ROOT = Path(__file__).parent.parent
 EPS = 2.0**-6
+every_scale = pytest.mark.parametrize("scale", [Scale, zo_dist.RunningScale])
 
 
 def make(model: nn.Module | None = None, **options: Any) -> zo_dist.ZeroOrder:
@@ -86,7 +88,12 @@ def test_an_earlier_direction_gets_the_slope_that_it_has_today(estimator: str, s
         gradient = dict(
             zip(before, torch.autograd.grad(losses, list(model.parameters())), strict=True)  # type: ignore[arg-type]
         )
+        outputs = outputs_of(model, batch).detach().requires_grad_()
+        (by_outputs,) = torch.autograd.grad(curved(outputs, batch).mean(), outputs)
         optimizer.step_batch(batch, LOSS)
+        of_rows = torch.tensor(optimizer.record.gradient)
+        # Both sides are off by eps**2 times a few hundred; the wrong one by some 10 eps.
+        torch.testing.assert_close(of_rows, by_outputs.sum(0), rtol=1e-3, atol=1e-4)
         moved, sizes = dict.fromkeys(before, torch.zeros(())), dict.fromkeys(before, 0.0)
         for age in range(min(4, now + 1)):
             for d, draw in enumerate(draws[now - age]):
@@ -112,25 +119,33 @@ def test_an_earlier_direction_gets_the_slope_that_it_has_today(estimator: str, s
     assert compared >= 8
 
 
-def test_of_losses_alone_earlier_estimates_are_added_as_they_were() -> None:
-    """Written by hand from the records; float32 keeps 24 bits of each of the few that are added."""
+@every_scale
+def test_of_losses_alone_earlier_estimates_are_added_as_they_were(scale: type[Scale]) -> None:
+    """Written by hand from the records; float32 keeps 24 bits of each of the few that are added.
+
+    With the factors of a scale as they were, too.
+    """
     window = zo_dist.JacobianWindow(window=3, decay=0.5)
-    optimizer, records = make(jacobian=window, directions=2, sampler="uniform"), list[StepRecord]()
+    optimizer = make(jacobian=window, directions=2, sampler="uniform", scale=scale())
+    records, factors = list[StepRecord](), list[dict[str, float]]()
     for now in range(6):
         before = {p.name: p.param.detach().clone() for p in optimizer.params}
         step(optimizer)
         records.append(optimizer.record)
+        factors.append(dict(optimizer.factors))
         assert optimizer.record.gradient == ()
         moved = {name: torch.zeros_like(w) for name, w in before.items()}
         for age, record in enumerate(records[: -min(now + 1, 3) - 1 : -1]):
             for arm, terms in record.terms.items():
                 for p in optimizer.arms[arm].params:
-                    for d, scale in terms:
+                    for d, amount in terms:
                         z = optimizer.noise.values(p.name, record.step, d, 0, before[p.name].numel())
-                        moved[p.name] += 0.5**age * scale * z.view_as(before[p.name])
+                        factor = factors[record.step].get(p.name, 1.0)
+                        moved[p.name] += 0.5**age * amount * factor * z.view_as(before[p.name])
         for p in optimizer.params:
             expected = before[p.name] - 2.0**-7 * moved[p.name]
             torch.testing.assert_close(p.param.detach(), expected, rtol=2.0**-22, atol=2.0**-24)
+    assert (factors[-1] != factors[-2]) == (scale is zo_dist.RunningScale)
 
 
 @pytest.mark.parametrize("outputs", [False, True])
@@ -300,16 +315,15 @@ def test_a_step_that_is_skipped_has_no_place_in_the_window(pool: Callable[[int],
 
 
 @pytest.mark.parametrize("outputs", [False, True])
-@pytest.mark.parametrize("scale", [None, zo_dist.RunningScale()], ids=["plain", "scaled"])
+@every_scale
 def test_it_is_in_a_snapshot_and_comes_back_from_the_log(
-    tmp_path: Path, outputs: bool, scale: zo_dist.RunningScale | None
+    tmp_path: Path, outputs: bool, scale: type[Scale]
 ) -> None:
     loss = two_outputs(loss_of) if outputs else loss_of
-    fresh = {"scale": zo_dist.RunningScale} if scale else {}
 
     def new(**more: Any) -> zo_dist.ZeroOrder:
         options = {"sampler": "adalezo", "rule": "momentum", "directions": 3, "lr": 0.01, "mask": "small"}
-        return make(**{**options, **{key: of() for key, of in fresh.items()}, **more})
+        return make(**{**options, "scale": scale(), **more})
 
     ran = new()
     with TrajectoryWriter(tmp_path / "log", identity(ran)) as log:
