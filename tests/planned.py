@@ -23,6 +23,7 @@ EITHER_WAY: dict[str, dict[str, Any]] = {
     },
     "directions per row": {"directions": 4, "directions_per_row": 2, "estimator": "one_sided"},
     "anchor": {"directions": 2, "anchor": {"every": 50}},
+    "jacobian": {"directions": 2, "jacobian": {}},
     "conservative": {"directions": 2, "conservative": True},
     "perturbation momentum": {"directions": 2, "perturbation_momentum": {}},
     "curvature": {"directions": 2, "estimator": "three_sided", "curvature": {"smoothing": 0.1}},

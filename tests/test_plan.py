@@ -122,6 +122,7 @@ STATES = {
     "amsgrad": ({"rule": {"name": "adam", "amsgrad": True}}, 12),
     "kahan": ({"rounding": "kahan"}, 2),
     "anchor": ({"anchor": {"every": 10}}, 2),
+    "jacobian": ({"jacobian": {}}, 0),
     "projection": ({"projection": {"every": 10, "parameters": None}}, 2),
     "projection_on_cpu": ({"projection": {"every": 10, "parameters": None, "on_cpu": True}}, 0),
     "curvature": ({"estimator": "three_sided", "curvature": {"smoothing": 0.1}, "perturb": "shard"}, 4),

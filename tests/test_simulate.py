@@ -256,6 +256,7 @@ def test_networks_that_cannot_be(options: dict[str, Any], words: str) -> None:
         ({"anchor": zo_dist.Anchor(every=2, directions=WORKERS)}, "anchor .*leave it out"),
         ({"curvature": zo_dist.DiagonalCurvature()}, "curvature .*leave it out"),
         ({"perturbation_momentum": zo_dist.PerturbationMomentum()}, "perturbation_momentum .*leave it out"),
+        ({"jacobian": zo_dist.JacobianWindow()}, "jacobian .*leave it out"),
         ({"perturb": "shard"}, "perturb .*use module"),
         ({"projection": zo_dist.Projection(every=2, parameters=None)}, "projection .*leave it out"),
         ({"conservative": True}, "conservative .*set it to false"),

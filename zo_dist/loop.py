@@ -26,19 +26,17 @@ from zo_dist.runlog import RunLog
 from zo_dist.schedule import make_scheduler
 from zo_dist.snapshot import PendingSnapshot
 from zo_dist.tasks import (
+    COMPOSITES,
     TEXT_METRICS,
     EncodedRow,
     Task,
     TextScore,
     accuracy_score,
     choice_loss,
-    choice_margin,
     option_nll_loss,
 )
 
 ROW_LOSSES: dict[str, RowLoss] = {"choice": choice_loss, "option_nll": option_nll_loss}
-# Of these a jacobian learns more than of the loss by itself.
-COMPOSITES: dict[str, RowLoss] = {"choice": choice_margin}
 
 
 def require_objective(objective: str, task: Task) -> None:
@@ -52,8 +50,7 @@ def build_row_loss(config: Config, data: RunData) -> RowLoss:
     """The loss of each row that a step lowers, as `train.objective` says."""
     of_task, objective = ROW_LOSSES[data.task.loss], config.train.objective
     if objective == "loss":
-        composite = COMPOSITES.get(data.task.loss, of_task)
-        return composite if config.optimizer.jacobian is not None else of_task
+        return COMPOSITES.get(data.task.loss, of_task) if config.optimizer.jacobian else of_task
     if data.generate is None:
         return Objective(accuracy_score, check=of_task)
     return Objective(TextScore(data.generate, TEXT_METRICS[objective]))

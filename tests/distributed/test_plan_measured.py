@@ -13,12 +13,13 @@ from planned import EITHER_WAY, config_of, mode_of, wide_llama
 from transformers import AutoModelForCausalLM
 from workers import Pool, deepspeed_engine, freed_at_once, needs_deepspeed
 
+import zo_dist
 from benchmarks import memory
 from zo_dist.engines import DsConfig, read_ds_config
 from zo_dist.planning.collectives import Counted, split
 from zo_dist.planning.dry_run import dry_run
 from zo_dist.planning.hardware import parse_cluster
-from zo_dist.planning.plan import make_plan
+from zo_dist.planning.plan import make_plan, outputs_of
 from zo_dist.tasks import choice_loss
 from zo_dist.train import build_optimizer
 
@@ -68,11 +69,15 @@ def counted_step(engine: str, kind: str, settings: dict[str, Any]) -> dict[str, 
     batch = rows_for(kind, ROWS, seed=dist.get_rank())
     micro = config.train.micro_rows or ROWS
     batches = [{k: v[s : s + micro] for k, v in batch.items()} for s in range(0, ROWS, micro)]
+    outputs, loss = outputs_of(config), loss_of
+    if outputs:
+        # As that of the task, in numbers.
+        loss = zo_dist.Composite(lambda m, b: loss_of(m, b)[0][:, None], lambda o, _: o[:, 0], outputs)
     # The anchor's own step, and what ZeRO-3 learns from its first forwards.
     for _ in range(4):
-        optimizer.step_batch(batches, loss_of)
+        optimizer.step_batch(batches, loss)
     with Counted() as counted:
-        optimizer.step_batch(batches, loss_of)
+        optimizer.step_batch(batches, loss)
     # What one rank puts in, of weights: FSDP2 and ZeRO-3 gather by the same operator as scalars.
     weights, others = split(counted.calls, dtype, 2)
     rule = [t for kept in optimizer.rule.kept.values() for t in kept.values()]

@@ -26,6 +26,7 @@ from transformers import PretrainedConfig
 
 from zo_dist import kernels
 from zo_dist.batches import rows_of_rank
+from zo_dist.composite import Composite
 from zo_dist.engines import Engine
 from zo_dist.engines.build import fsdp2_mesh, shard_with_fsdp2, zero3_engine, zero3_group
 from zo_dist.methods import DenseConfig
@@ -34,7 +35,8 @@ from zo_dist.params import frozen_params
 from zo_dist.planning.collectives import Counted, split
 from zo_dist.planning.formulas import Mode
 from zo_dist.planning.meta import Rows, Tracer, batch_of, without_values
-from zo_dist.planning.plan import Plan, Planned, optimizer_of, unfilled
+from zo_dist.planning.plan import Plan, Planned, optimizer_of, outputs_of, unfilled
+from zo_dist.probes import RowLoss
 from zo_dist.state import tensors_of
 
 # Of memory, beside what is planned.
@@ -143,8 +145,10 @@ def _stepped(plan: Plan, shape: PretrainedConfig, planned: Planned) -> Stepped:
     held = _held(optimizer)
     peak = Peak([*held, *batch.values()], shape.get_text_config().vocab_size)
     without_values(optimizer.noise, peak)
-    # With an anchor, a step after the anchor's own; under ZeRO-3 one after that from which it learns.
-    steps = 2 if optimizer.anchor.every or mode.engine == "zero3" else 1
+    # With an anchor, a step after the anchor's own; with a jacobian one that has another before it; under
+    # ZeRO-3 one after that from which it learns.
+    earlier = optimizer.anchor.every or optimizer.jacobian.used
+    steps = 2 if earlier or mode.engine == "zero3" else 1
 
     def row_loss(model: nn.Module, some: Mapping[str, Tensor]) -> Tensor:
         with peak.watched(), fake:
@@ -152,11 +156,16 @@ def _stepped(plan: Plan, shape: PretrainedConfig, planned: Planned) -> Stepped:
         # Real numbers, which differ, so that no coefficient is 0.
         return torch.arange(1.0, 1.0 + len(out[0] if isinstance(out, tuple) else out))
 
+    told: RowLoss = row_loss
+    if outputs := outputs_of(config):
+        told = Composite(
+            lambda m, b: row_loss(m, b)[:, None].expand(-1, outputs), lambda o, _: o[:, 0], outputs
+        )
     with Counted() as counted, torch.no_grad(), peak:
         for _ in range(steps):
             counted.calls.clear()
             peak.bytes = 0
-            optimizer.step_batch(batches, row_loss)
+            optimizer.step_batch(batches, told)
     dtype = config.engine.torch_compute_dtype or config.model.torch_dtype
     weights, others = split(counted.calls, dtype, mode.ranks if mode.engine != "replicated" else 1)
     return Stepped(

@@ -208,10 +208,12 @@ def signs_of(optimizer: ZeroOrder) -> list[tuple[float, ...]]:
     return [*signs, optimizer.trials.signs] if optimizer.trials else signs
 
 
-def traffic(mode: Mode, optimizer: ZeroOrder, gathers: Gathers, work: Work, count: int) -> Traffic:
-    """`count`: all ranks."""
+def traffic(
+    mode: Mode, optimizer: ZeroOrder, gathers: Gathers, work: Work, count: int, outputs: int
+) -> Traffic:
+    """`count`: all ranks. `outputs`: of the loss function, that ranks agree on."""
     sides = sum(map(len, signs_of(optimizer)))
-    numbers, exchanges = _COUNTED + _DIGEST + 2 * sides * optimizer.directions, 2
+    numbers, exchanges = _COUNTED + _DIGEST + (2 + 2 * outputs) * sides * optimizer.directions, 2
     if optimizer.trials:
         numbers, exchanges = numbers + _DIGEST, exchanges + 1
     if isinstance(optimizer.scale, LearnedScale):

@@ -25,6 +25,7 @@ from zo_dist.planning.meta import Rows, Traced, busiest_rows, trace_forward, tra
 from zo_dist.planning.sharding import ZERO3
 from zo_dist.probes import rows_of_groups
 from zo_dist.samplers import Dense, Draw
+from zo_dist.tasks import COMPOSITES, get_task
 from zo_dist.tasks.metrics import TEXT_METRICS
 
 # Draws that the seconds of a step are a mean over, where a sampler leaves arms out.
@@ -176,6 +177,13 @@ def modes_of(
                 yield Mode(engine=engine, ranks=ranks, perturb=way, offload=offload, stored=cast_from)
 
 
+def outputs_of(config: Config) -> int:
+    """How many outputs of the loss function ranks agree on: what a jacobian asks of a task that has some."""
+    composite = COMPOSITES.get(get_task(config.data.task).loss)
+    told = config.optimizer.jacobian is not None and config.train.objective == "loss"
+    return composite.width if composite is not None and told else 0
+
+
 class _Subject:
     """The model and optimizer of a config on the meta device, and the forwards of its steps."""
 
@@ -206,7 +214,7 @@ class _Subject:
             memory = formulas.memory(mode, optimizer, gathers, self.drawn, cluster.per_node)
         except ValueError as error:
             return Planned(mode=mode, name=name, refused=str(error))
-        sent = formulas.traffic(mode, optimizer, gathers, work, self._count)
+        sent = formulas.traffic(mode, optimizer, gathers, work, self._count, outputs_of(self._config))
         taken = formulas.seconds(mode, optimizer, sent, work, self.drawn, cluster)
         fits = memory.total <= cluster.usable_bytes
         return Planned(mode=mode, name=name, memory=memory, traffic=sent, seconds=taken, fits=fits)

@@ -6,6 +6,7 @@ from zo_dist.tasks.generation import TextGenerator, TextScore
 from zo_dist.tasks.metrics import TEXT_METRICS, exact_match, f1
 from zo_dist.tasks.prompts import TASKS, get_task
 from zo_dist.tasks.scoring import (
+    COMPOSITES,
     accuracy_score,
     causal_lm_loss,
     choice_loss,
@@ -19,6 +20,7 @@ from zo_dist.tasks.sources import load_rows, resolve_model
 from zo_dist.tasks.splits import Splits, load_splits
 
 __all__ = [
+    "COMPOSITES",
     "TASKS",
     "TEXT_METRICS",
     "EncodedRow",

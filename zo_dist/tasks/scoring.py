@@ -66,6 +66,8 @@ def option_margins(model: nn.Module, batch: Batch) -> Tensor:
 
 # `choice_loss`, to rounding, by an output that says the same of every row, whichever its right option is.
 choice_margin = Composite(option_margins, lambda margins, _: F.softplus(margins[:, 0]), width=1)
+# By `Task.loss`: of these a jacobian learns more than of the loss by itself.
+COMPOSITES = {"choice": choice_margin}
 
 
 def option_nll_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
