@@ -30,7 +30,7 @@ from zo_dist.config import Config, load_config
 from zo_dist.engines import Engine, initialize_process_group, select
 from zo_dist.evaluate import evaluate
 from zo_dist.learn_scale import row_loss_mean
-from zo_dist.loop import ROW_LOSSES, build_batches
+from zo_dist.loop import ROW_LOSSES, build_batches, build_row_loss
 from zo_dist.schedule import make_scheduler
 from zo_dist.train import Prepared, build_optimizer, prepare
 
@@ -64,6 +64,13 @@ METHODS = {
     "quickstart:rms": ["optimizer.coefficients={name: rms}", "optimizer.lr=2e-2"],
     "quickstart:z_scores": ["optimizer.coefficients={name: standardise, centre: true}", "optimizer.lr=2e-2"],
     "quickstart:momentum": ["optimizer.rule={name: momentum}", "optimizer.lr=5e-4"],
+    # One direction; 14 steps of it are added up, or with a beta of .93 as many.
+    "quickstart:pseuzo": [
+        *("optimizer.directions=1", "optimizer.lr=3.6e-4", "optimizer.jacobian={window: 14, decay: 1.0}")
+    ],
+    "quickstart:momentum:1": [
+        *("optimizer.directions=1", "optimizer.lr=3.6e-4", "optimizer.rule={name: momentum, beta: 0.93}")
+    ],
     "quickstart:adam": ["optimizer.rule={name: adam}", "optimizer.lr=1e-2"],
 }
 FOUR = [*ALL_WEIGHTS, "optimizer.directions=4"]
@@ -79,6 +86,8 @@ METHODS |= {
         ("fitted_adalezo", 2e-5, "name: fitted_adalezo"),
     )
 }
+# One direction in a fifth of the arms, and with 14 steps of it added up.
+METHODS["adapzo"] = [*METHODS["adalezo"], "optimizer.lr=4e-6", "optimizer.jacobian={window: 14, decay: 1.0}"]
 # How far each parameter is to be perturbed: `sampler:dense` and `sampler:adalezo` are without. The file is
 # what `zo-dist learn-scale ... --to scale.safetensors` writes; a running scale wants arms that are drawn.
 METHODS |= {
@@ -153,7 +162,7 @@ def our_step(config: Config, prepared: Prepared) -> Callable[[int], object]:
     optimizer: ZeroOrder = build_optimizer(config, prepared.model)
     scheduler = make_scheduler(optimizer, config.train)
     batches = build_batches(config, prepared.data, optimizer.engine)
-    row_loss = ROW_LOSSES[prepared.data.task.loss]
+    row_loss = build_row_loss(config, prepared.data)
     optimizer.prepare(batches[0][0], row_loss)
 
     def step(number: int) -> None:
