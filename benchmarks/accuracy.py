@@ -87,7 +87,11 @@ METHODS |= {
     )
 }
 # One direction in a fifth of the arms, and with 14 steps of it added up.
-METHODS["adapzo"] = [*METHODS["adalezo"], "optimizer.lr=4e-6", "optimizer.jacobian={window: 14, decay: 1.0}"]
+METHODS["adapzo"] = [
+    *METHODS["adalezo"],
+    "optimizer.lr=1.4e-6",
+    "optimizer.jacobian={window: 14, decay: 1.0}",
+]
 # How far each parameter is to be perturbed: `sampler:dense` and `sampler:adalezo` are without. The file is
 # what `zo-dist learn-scale ... --to scale.safetensors` writes; a running scale wants arms that are drawn.
 METHODS |= {

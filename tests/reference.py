@@ -303,6 +303,8 @@ class Reference:
     def estimate(self, name: str, terms: Sequence[tuple[int, float]]) -> Tensor:
         """The sum of scale * z."""
         weight = self.weights()[name]
+        if not terms:
+            return torch.zeros(weight.shape)
         if isinstance(self.structure, zo_dist.Orthogonal):
             signs = [self.walsh(name, d).double() * torch.tensor(coef) for d, coef in terms]
             return self.plain(name) * torch.stack(signs).sum(0).float()

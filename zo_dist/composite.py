@@ -19,8 +19,9 @@ class Composite:
 
     `outputs` returns `[rows, width]` in any floating dtype, and calls the model; `loss` returns `[rows]`,
     differentiable by torch in the outputs, each row's in its own. Outputs are averaged over rows, so
-    column k should say the same of every row: of a right answer first, not of answer number k. Without a
-    window it is a loss function like others.
+    column k should say the same of every row: of a right answer first, not of answer number k. Let them be
+    float32: what they change by along `eps` is lost in 16 bits. Without a window it is a loss function like
+    others.
 
     Raises ValueError if `width` is not 1 ... 255, and in a step for outputs or losses of other shapes, and
     losses that do not depend on outputs.
@@ -37,22 +38,30 @@ class Composite:
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return self.loss(self.outputs(model, batch), batch)
 
-    def told(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """The losses `[rows]`, the outputs and the derivatives of the losses by them `[rows, width]`."""
+    def with_slopes(
+        self, model: nn.Module, batch: Mapping[str, Any], rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a batch of `rows`: losses `[rows]`, outputs `[rows, width]`, derivatives of losses by these."""
         outputs = self.outputs(model, batch).detach()
-        if outputs.ndim != 2 or outputs.shape[1] != self.width:
+        if outputs.shape != (rows, self.width):
             raise ValueError(
-                f"outputs returned a tensor of shape {tuple(outputs.shape)}; return [rows, {self.width}], as "
-                "width says"
+                f"outputs returned a tensor of shape {tuple(outputs.shape)} for {rows} rows and width "
+                f"{self.width}; return [rows, width]"
             )
         with torch.enable_grad():
-            leaf = outputs.requires_grad_()
-            losses = self.loss(leaf, batch)
-            if losses.shape != outputs.shape[:1] or not losses.requires_grad:
+            losses = self.loss(outputs.requires_grad_(), batch)
+            if losses.shape != (rows,):
                 raise ValueError(
-                    f"loss returned a tensor of shape {tuple(losses.shape)} for {len(outputs)} rows, "
-                    f"{'that depends' if losses.requires_grad else 'that does not depend'} on the outputs; "
-                    "return one loss per row, which torch can differentiate by the outputs"
+                    f"loss returned a tensor of shape {tuple(losses.shape)} for {rows} rows; return one loss "
+                    "per row"
                 )
-            (slopes,) = torch.autograd.grad(losses.sum(), leaf)
+            if losses.requires_grad:
+                (slopes,) = torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
+            else:
+                slopes = None
+        if slopes is None:
+            raise ValueError(
+                "loss returned what does not depend on the outputs; compute it of them, by what torch can "
+                "differentiate"
+            )
         return losses.detach(), outputs.detach(), slopes

@@ -36,7 +36,7 @@ from zo_dist.probes import require_groups
 from zo_dist.projection import Projected, Projection
 from zo_dist.rounding import Rounding
 from zo_dist.settings import apply_overrides, build, read_yaml
-from zo_dist.steering import Steering
+from zo_dist.steering import steering_of
 from zo_dist.structure import noise_of
 from zo_dist.trials import require_fine_weights, require_trials
 
@@ -233,9 +233,8 @@ class OptimizerConfig:
         others = self.build_estimator(), curvature, structure, rule, anchor, self.conservative
         momentum = Carried(self.perturbation_momentum)
         momentum.require(*others)
-        steering = next((s for s in (momentum, curvature) if s.used), Steering())
-        parts = self.build_estimator(), coefficients, rule, steering, anchor, self.conservative
-        Jacobian(self.jacobian).require(*parts)
+        steered = rule, steering_of(momentum, curvature), anchor, self.conservative
+        Jacobian(self.jacobian).require(self.build_estimator(), coefficients, *steered)
         if rule.factored:
             noise.require_factor(rule.lasting)
         Projected(self.projection).require(anchor, self.build_estimator())
@@ -351,6 +350,11 @@ class Config:
                 raise ValueError(f"train.{key} is {rows}; it must be at most data.train ({self.data.train})")
         if self.train.eval_every and not self.data.validation:
             raise ValueError("train.eval_every needs validation rows, but data.validation is 0")
+
+    @property
+    def tells_outputs(self) -> bool:
+        """Does a step want to know outputs of the loss function, where it has some (`Composite`)?"""
+        return self.optimizer.jacobian is not None and self.train.objective == "loss"
 
     def to_yaml(self) -> str:
         """The resolved config, every key written out; `load_config` reads it back as it was."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,16 +54,22 @@ class JacobianWindow:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What is kept of a step: its draws, and by direction the `changes` of `StepRecord`.
+    """What is kept of a step: its draws, and by direction what outputs changed by, as in `StepRecord`.
 
-    `factors`: what its noise was multiplied by, of each parameter, where it was not 1.
+    Of a loss that is its own output these are the coefficients, and `width` is 0. `factors`: what its noise
+    was multiplied by, of each parameter, where it was not 1.
     """
 
     step: int
+    width: int
     arms: tuple[tuple[int, ...], ...]
     weights: tuple[tuple[float, ...], ...]
     changes: tuple[tuple[float, ...], ...]
-    factors: Mapping[str, float] = field(default_factory=dict)
+    factors: Mapping[str, float]
+
+
+# Of an earlier step, what is written in each arm that it drew: `(direction, scale)`.
+Again = tuple[Kept, dict[int, list[tuple[int, float]]]]
 
 
 class Jacobian(Part):
@@ -78,11 +84,13 @@ class Jacobian(Part):
 
     With TwoSided G is the mean over both sides, which is that between them up to order eps**2; with OneSided
     it is taken at the weights. A loss function that is no `Composite` is its own output, so that G is 1:
-    earlier estimates are added as they were. Skipped steps have no place in the window.
+    earlier estimates are added as they were. Steps that are skipped, and those of a projection's search, have
+    no place in the window. An arm that the window drew is written, its moments and weight decay with it,
+    whether this step drew it or not.
 
-    Cost: no forward; `2 width` more float64 per side of a direction and rank in the sum over ranks; in a
-    write, which is not fused, a noise pass for each direction of the window in each arm that any of them
-    drew; nothing beside weights.
+    Cost: no forward; `2 width` more float64 per side of a direction and rank in the sum over ranks, and one
+    in the counts of rows; a write, which is not fused, of all arms that the window drew, with a noise pass
+    of each of its directions in the arms that this one drew; nothing beside weights.
 
     Where we differ: the published code (YangBigMn/PseuZO, af8da78) takes the last hidden states for o, and
     multiplies row r of this batch with row r of earlier ones, position by position. Rows of two batches have
@@ -154,34 +162,36 @@ class Jacobian(Part):
         epoch = (step % self.cycle if self.cycle else step) // self.epoch if self.epoch else 0
         return self.decay / (1.0 + _FALL * epoch) if epoch <= _LAST_EPOCH else 0.0
 
-    def told(self, sums: Tensor, estimator: Estimator, eps: float) -> tuple[list[float], list[list[float]]]:
-        """`gradient` and `changes` of a record, of sums `[directions, sides, 2 + 2 width]`; empty without.
+    def require_width(self, width: int) -> None:
+        """Raise ValueError if the loss function has other outputs than that of the steps in the window."""
+        before = {kept.width for kept in self.kept} - {width}
+        if before:
+            raise ValueError(
+                f"the loss function has {width} outputs, but that of the steps in the window had "
+                f"{before.pop()} (0: it is no Composite): a run with a jacobian keeps to one loss function"
+            )
 
-        The columns are those of `StepProbes`: loss, weight, outputs, derivatives of the loss by them.
+    def of_outputs(
+        self, sums: Tensor, shares: Tensor, estimator: Estimator, eps: float
+    ) -> tuple[list[float], list[list[float]]]:
+        """`gradient` and `changes` of a record; empty where no outputs are told.
 
-        Raises ValueError if the loss function has other outputs than in the window.
+        `sums`: float64 `[directions, sides, 2 + 2 width]`, of `StepProbes`: loss, weight, outputs, and
+        derivatives of the loss by these. `shares`: `[directions]`, of the step's rows.
         """
         width = (sums.shape[-1] - 2) // 2
-        before = {len(changes) for kept in self.kept for changes in kept.changes}
-        if before - {max(1, width)}:
-            raise ValueError(
-                f"the loss function has {width} outputs (0: it is no Composite), but that of the steps in "
-                f"the window had {before.pop()}: a run with a jacobian keeps to one loss function"
-            )
         if not width:
             return [], []
-        outputs, gradients = sums[..., 2 : 2 + width], sums[..., 2 + width :]
-        weights = sums[..., 1:2]
+        weights, outputs, slopes = sums[..., 1:2], sums[..., 2 : 2 + width], sums[..., 2 + width :]
         means = torch.where(weights == 0.0, 0.0, outputs / weights)
-        shares = weights.sum(1) / weights.sum()
-        changes = (means[:, 0] - means[:, 1]) / estimator.distance(eps) * shares
+        changes = (means[:, 0] - means[:, 1]) / estimator.distance(eps) * shares[:, None]
         least = min(map(abs, estimator.signs))
         middle = [side for side, sign in enumerate(estimator.signs) if abs(sign) == least]
-        gradient = gradients[:, middle].sum((0, 1)) / weights[:, middle].sum()
+        gradient = slopes[:, middle].sum((0, 1)) / weights[:, middle].sum()
         return gradient.tolist(), changes.tolist()
 
-    def again(self, record: StepRecord) -> list[tuple[Kept, dict[int, list[tuple[int, float]]]]]:
-        """Of each earlier step that counts, and each arm it drew, `(direction, scale)`."""
+    def again(self, record: StepRecord) -> list[Again]:
+        """What a step writes of those before it, the newest first."""
         found, times = [], 1.0
         share = self.share(record.step)
         for kept in self._before(record.step):
@@ -198,8 +208,13 @@ class Jacobian(Part):
             found.append((kept, terms))
         return found
 
+    def finite(self, record: StepRecord) -> bool:
+        """Is all that a step writes of those before it fit to be written?"""
+        scales = (scale for _, arms in self.again(record) for of in arms.values() for _, scale in of)
+        return all(map(math.isfinite, scales))
+
     def earlier(
-        self, again: Sequence[tuple[Kept, Mapping[int, list[tuple[int, float]]]]], arm: int, name: str
+        self, again: Sequence[Again], arm: int, name: str
     ) -> list[tuple[int, list[tuple[int, float]]]]:
         """What is added of earlier steps in a parameter of an arm, of `again`: steps, and terms of each."""
         return [
@@ -213,16 +228,17 @@ class Jacobian(Part):
         if not self.used:
             return
         changes = record.changes or tuple((coef,) for coef in record.coefs)
-        new = Kept(record.step, record.arms, record.weights, changes, dict(factors))
-        self.kept = [new, *self._before(record.step)][: self.window - 1] if self.share(record.step) else []
+        told = record.step, len(record.gradient), record.arms, record.weights, changes, dict(factors)
+        kept = [Kept(*told), *self._before(record.step)] if self.share(record.step) else []
+        self.kept = kept[: self.window - 1]
 
     def _before(self, step: int) -> list[Kept]:
-        """Those of the same cycle."""
+        """Those in the window of a step: of the same cycle."""
         cycle = self.cycle or math.inf
-        return [kept for kept in self.kept if kept.step // cycle == step // cycle]
+        return [kept for kept in self.kept if kept.step // cycle == step // cycle][: self.window - 1]
 
     def state_dict(self) -> dict[str, Any]:
-        fields = ("step", "arms", "weights", "changes", "factors")
+        fields = ("step", "width", "arms", "weights", "changes", "factors")
         return (
             {"kept": [{f: _lists(getattr(kept, f)) for f in fields} for kept in self.kept]}
             if self.used
@@ -238,6 +254,7 @@ class Jacobian(Part):
         self.kept = [
             Kept(
                 one["step"],
+                one["width"],
                 _tuples(one["arms"]),
                 _tuples(one["weights"]),
                 _tuples(one["changes"]),

@@ -50,7 +50,7 @@ def build_row_loss(config: Config, data: RunData) -> RowLoss:
     """The loss of each row that a step lowers, as `train.objective` says."""
     of_task, objective = ROW_LOSSES[data.task.loss], config.train.objective
     if objective == "loss":
-        return COMPOSITES.get(data.task.loss, of_task) if config.optimizer.jacobian else of_task
+        return COMPOSITES.get(data.task.loss, of_task) if config.tells_outputs else of_task
     if data.generate is None:
         return Objective(accuracy_score, check=of_task)
     return Objective(TextScore(data.generate, TEXT_METRICS[objective]))

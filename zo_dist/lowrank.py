@@ -86,8 +86,8 @@ class LowRankNoise(MatrixNoise):
                 "other, and have no orthonormal form; set noise to gaussian"
             )
         self._rank = low_rank
-        # By side, what makes it orthonormal, and the refresh that it is of.
-        self._roots: dict[str, tuple[int, Tensor]] = {}
+        # By side and refresh, what makes it orthonormal: of the last two, as earlier steps are written again.
+        self._roots: dict[str, dict[int, Tensor]] = {}
 
     @property
     def kind(self) -> str:
@@ -224,10 +224,13 @@ class LowRankNoise(MatrixNoise):
 
     def _root(self, side: str, key: int, length: int, width: int) -> Tensor:
         """float64 `[width, width]`, on the CPU whatever the weights are on: `drawn @ root` is orthonormal."""
-        if self._roots.get(side, (None,))[0] != key:
+        kept = self._roots.setdefault(side, {})
+        if key not in kept:
             drawn = self._drawn(side, key, _ITSELF, 0, length, width, _CPU)
-            self._roots[side] = key, inverse_root(product(drawn.t(), drawn))
-        return self._roots[side][1]
+            kept[key] = inverse_root(product(drawn.t(), drawn))
+            while len(kept) > 2:
+                del kept[next(iter(kept))]
+        return kept[key]
 
     def _drawn(
         self,

@@ -57,6 +57,8 @@ class PieceNoise(Noise):
         if not self._in_pieces(name):
             super().accumulate(out, name, step, terms, offset)
             return
+        if not terms:
+            return
         for piece, total in self._sums(name, step, terms, offset, out.numel(), out.device):
             out[piece] += total
 

@@ -30,13 +30,14 @@ from zo_dist.probes import (
     closure_sums,
     count_rows,
     require_groups,
+    width_of,
 )
 from zo_dist.projection import Projected, Projection
 from zo_dist.rounding import Rounding, Rounding16
 from zo_dist.rules import SGD, Rule
 from zo_dist.samplers import Dense, Draw, Sampler
 from zo_dist.scale import Scale
-from zo_dist.steering import Steering
+from zo_dist.steering import steering_of
 from zo_dist.structure import Structure, noise_of
 from zo_dist.trajectory import StepRecord, TrajectoryError
 from zo_dist.trials import Trials, require_fine_weights, require_trials
@@ -150,11 +151,10 @@ class ZeroOrder(Losses):
             self.perturbation_momentum = Carried(perturbation_momentum)
             others = self.estimator, self.curvature, structure, self.rule, self.anchor, conservative
             self.perturbation_momentum.require(*others)
-            steerings = self.perturbation_momentum, self.curvature
-            self.steering = next((s for s in steerings if s.used), Steering())
+            self.steering = steering_of(self.perturbation_momentum, self.curvature)
             self.jacobian = Jacobian(jacobian)
-            parts = self.estimator, self.coefficients, self.rule, self.steering, self.anchor, conservative
-            self.jacobian.require(*parts)
+            rest = self.rule, self.steering, self.anchor, conservative
+            self.jacobian.require(self.estimator, self.coefficients, *rest)
             self.anchor.bind(sizes, self.noise, directions)
             if self.anchor.every:
                 require_groups(self.anchor.directions, directions_per_row, "anchor.directions")
@@ -204,6 +204,7 @@ class ZeroOrder(Losses):
                 f"directions_per_row is {self.directions_per_row}, but with a closure every row tests every "
                 "direction: set it to 1, or use step_batch"
             )
+        self.jacobian.require_width(0)
         self._prepare(lambda rows: closure_sums(closure)[:1], stacks=False)
         return self._step(lambda probes: probes.by_closure(closure))
 
@@ -219,7 +220,10 @@ class ZeroOrder(Losses):
         """
         batches = [batch] if not isinstance(batch, Sequence) else list(batch)
         per_row = self._way(self.step_count).directions_per_row
-        first, total, num_forwards = count_rows(self.engine, batches, self.num_directions, per_row)
+        width = width_of(row_loss)
+        told = width if self.jacobian.used else None
+        first, total, num_forwards = count_rows(self.engine, batches, self.num_directions, per_row, told)
+        self.jacobian.require_width(width)
         self.prepare(batches[0], row_loss)
         return self._step(lambda p: p.by_rows(batches, row_loss, first, total, num_forwards))
 
@@ -252,17 +256,18 @@ class ZeroOrder(Losses):
         slopes, *at_anchor = (way.estimator.slopes(of_point, way.eps) for of_point in losses)
         used = slopes.new_tensor(way.coefficients.of(slopes.tolist())) - sum(at_anchor)
         # Each direction's share of the rows (or tokens): the update is the mean over all rows.
+        shares = weights / weights.sum()
         coefs = used * weights / weights.sum()
         # Most estimators tell none.
         bends = zip(way.estimator.curvatures(losses[0], way.eps).tolist(), weights.tolist(), strict=False)
-        of_outputs = self.jacobian.told(sums, way.estimator, way.eps) if way is self else ([], [])
+        of_outputs = self.jacobian.of_outputs(sums, shares, way.estimator, way.eps)
         told = slopes.tolist(), coefs.tolist(), of_sides[:2], list(bends), *of_outputs
         record = StepRecord.of(step, lr, draws, *told)
         if self.trials and way is self and record.finite and lr:
             record = self._tried(self.trials, evaluate, draws, record)
         # Not before: a step whose loss raised an error has not been, and can be taken again.
         self.record, self.step_count = record, step + 1
-        if not self.record.finite:
+        if not (record.finite and self.jacobian.finite(record)):
             return self._skip(step, lr)
         self._finish(self.record, draws)
         return float(sums[..., 0].sum() / sums[..., 1].sum())
@@ -324,6 +329,11 @@ class ZeroOrder(Losses):
             )
         if way is self and self.curvature.used and len(record.curvatures) != len(record.slopes):
             raise TrajectoryError(f"step {record.step} has no curvatures: the log was written without them")
+        if record.slopes and way is self:
+            try:
+                self.jacobian.require_width(len(record.gradient))
+            except ValueError as error:
+                raise TrajectoryError(f"step {record.step} cannot follow: {error}") from error
         self.record, self.step_count = record, record.step + 1
         if record.slopes:
             self._finish(record, draws)

@@ -71,12 +71,18 @@ def rows_of_groups(first: int, rows: int, total: int, groups: int) -> list[tuple
     return shares
 
 
+def width_of(row_loss: RowLoss) -> int:
+    """How many outputs a loss function tells, 0 if it tells none."""
+    return row_loss.width if isinstance(row_loss, Composite) else 0
+
+
 def count_rows(
-    engine: Engine, batches: Sequence[Batch], directions: int, per_row: int
+    engine: Engine, batches: Sequence[Batch], directions: int, per_row: int, width: int | None = None
 ) -> tuple[int, int, int]:
     """This rank's first row, the rows of all ranks, and the forwards that each rank makes. A collective.
 
-    ValueError on every rank if a batch is none, or there are too few rows to test each direction.
+    `width`: of the loss function, if ranks are to tell outputs. ValueError on every rank if a batch is none,
+    there are too few rows to test each direction, or ranks have other widths.
     """
     error: ValueError | None = None
     rows = 0
@@ -88,7 +94,8 @@ def count_rows(
         error = caught
     shared = engine.num_groups < engine.num_ranks
     told = [float(digest(repr(_contents(batches))) if error is None else 0)] if shared else []
-    counts = engine.exchange([float(rows), float(len(batches)), float(error is not None), *told])
+    widths = [] if width is None else [float(width)]
+    counts = engine.exchange([float(rows), float(len(batches)), float(error is not None), *told, *widths])
     if error is not None:
         raise error
     if bool(counts[:, 2].any()):
@@ -102,6 +109,11 @@ def count_rows(
                 f"same rows, and each of the {engine.num_groups} groups its own (engine.group of the "
                 "optimizer is this rank's)"
             )
+    if width is not None and bool((counts[:, -1] != width).any()):
+        raise ValueError(
+            f"ranks were given loss functions of {counts[:, -1].int().tolist()} outputs (0: no Composite): "
+            "give all of them the same"
+        )
     counts = counts[sorted(set(engine.teller_of))]
     total = int(counts[:, 0].sum())
     if total * per_row < directions:
@@ -180,7 +192,8 @@ class StepProbes:
             rows = num_rows(batch)
             shares.append(rows_of_groups(first, rows, total, len(self._probes) // self._per_row))
             first += rows
-        self._tell_outputs(row_loss)
+        if self._outputs:
+            self._columns = 2 + 2 * width_of(row_loss)
         padded = [*batches, *[batches[0]] * (num_forwards - len(batches))]
         shares += [[]] * (num_forwards - len(batches))
         pieces = list(zip(padded, shares, strict=True))
@@ -198,15 +211,10 @@ class StepProbes:
 
         Module mode alone. A piece is asked for when the one before it is done, so weights may change between.
         """
-        self._tell_outputs(row_loss)
         with self._installed():
             for batch, share in pieces:
                 self._stacked(batch, share, row_loss)
         return self._total()
-
-    def _tell_outputs(self, row_loss: RowLoss) -> None:
-        if self._outputs and isinstance(row_loss, Composite):
-            self._columns = 2 + 2 * row_loss.width
 
     def _of_group(self, group: int) -> list[tuple[int, Probe]]:
         """The probes on the rows of one group, in order, each with its side. The unshifted one comes once."""
@@ -269,14 +277,14 @@ class StepProbes:
 
     def _row_losses(self, batch: Batch, pieces: list[tuple[int, int]], row_loss: RowLoss) -> Tensor:
         """float64 `[rows, columns]` on the CPU: loss and weight of each row, and what is told of outputs."""
+        rows = sum(b - a for a, b in pieces)
         if self._columns > 2:
             assert isinstance(row_loss, Composite)
-            losses, *of_outputs = row_loss.told(self._engine.module, stack_rows(batch, pieces))
-            columns = [losses[:, None], torch.ones_like(losses)[:, None], *of_outputs]
+            losses, *told = row_loss.with_slopes(self._engine.module, stack_rows(batch, pieces), rows)
+            columns = [losses[:, None], torch.ones_like(losses)[:, None], *told]
             return torch.cat([column.double() for column in columns], dim=1).cpu()
         out = row_loss(self._engine.module, stack_rows(batch, pieces))
         losses, weights = out if isinstance(out, tuple) else (out, torch.ones_like(out))
-        rows = sum(b - a for a, b in pieces)
         if losses.shape != (rows,) or weights.shape != (rows,):
             raise ValueError(
                 f"the loss function returned shapes {tuple(losses.shape)} and {tuple(weights.shape)} for "

@@ -121,6 +121,11 @@ class Steering(Part):
         return (table[rows].to(torch.float32) + u * scale).to(table.dtype)
 
 
+def steering_of(*steerings: Steering) -> Steering:
+    """That of them which is used, or none."""
+    return next((steering for steering in steerings if steering.used), Steering())
+
+
 def drawing_of(noise: Noise, like: Tensor, step: int, direction: int, offset: int) -> Drawing:
     """What draws the noise of elements `offset ...`, as many as `like` has."""
 

@@ -142,8 +142,10 @@ class StepRecord:
             weighed.append(weights)
         # All else says how long it is, so that what is between is curvatures or nothing.
         end = len(data) - 4 * num_outputs * (1 + count)
+        if end < at:
+            raise ValueError(f"{at - end} bytes too few")
         curvatures = tuple(_CURVATURE.iter_unpack(data[at:end]))
-        if len(curvatures) not in (0, count) or end < at:
+        if len(curvatures) not in (0, count):
             raise ValueError(f"{end - at} bytes too many")
         outputs = (
             [tuple(of) for of in struct.iter_unpack(f"<{num_outputs}f", data[end:])] if num_outputs else []

@@ -137,6 +137,9 @@ FEW: list[Combo] = [
     (BF16, (4, 2), "adalezo", "module", "gaussian", "three_sided", "raw", "sgd", "all", "none"),
     (BF16, (2, 1), "uniform", "module", "zo_adamu", "two_sided", "raw", "momentum", "small", "none"),
     (BF16, (2, 1), "adalezo", "module", "gaussian", "one_sided", "raw", "sgd", "all", "outputs"),
+    # Arms of the window that a step did not draw have no terms of its own.
+    (F32, (1, 1), "uniform", "module", "grzo", "two_sided", "raw", "sgd", "all", "window"),
+    (F32, (1, 1), "uniform", "shard", "orthogonal", "two_sided", "raw", "sgd", "all", "window"),
 ]
 
 

@@ -26,7 +26,7 @@ _FIRST = "zo_dist/first"
 _LOOK = timedelta(seconds=0.5)
 
 # What torch calls the threads that run gloo's collectives, and how long at most they are waited for, seconds.
-_GLOO_THREADS = "(pt_gloo_runloop)"
+_GLOO_THREADS = b"(pt_gloo_runloop)"
 _GLOO_WAIT_S = 10.0
 
 
@@ -93,11 +93,12 @@ def leave_process_group() -> None:
 def wait_for_gloo_at_exit() -> None:
     """Before the interpreter ends, let gloo's threads be done with their tensors; 20 ms where they are.
 
-    A thread that ran a collective drops its tensors after the caller has gone on, and takes the GIL for it.
-    Python up to 3.13 ends a thread that asks for the GIL while the interpreter ends, and a destructor ended
-    so is "terminate called without an active exception" to C++: the launcher reports a finished run as
-    killed by SIGABRT. (torch's pull request 179291.) destroy_process_group is no help: torch's DeviceMesh
-    keeps the group, and with it the threads.
+    Of collectives whose results are here: what still waits for another rank is not waited for. A thread that
+    ran one drops its tensors after the caller has gone on, and takes the GIL for it. Python up to 3.13 ends a
+    thread that asks for the GIL while the interpreter ends, and a destructor ended so is "terminate called
+    without an active exception" to C++: the launcher reports a finished run as killed by SIGABRT. (torch's
+    pull request 179291.) destroy_process_group is no help: torch's DeviceMesh keeps the group, and with it
+    the threads.
     """
     atexit.register(_wait_for_gloo)
 
@@ -115,10 +116,10 @@ def _gloo_runs() -> bool:
     """Does a thread of gloo compute, or wait for its turn to? Linux says; elsewhere it is taken for idle."""
     for thread in Path("/proc/self/task").glob("*/stat"):
         try:
-            _, name, state, *_ = thread.read_text().split()
+            _, name, state, *_ = thread.read_bytes().split()
         except OSError:
             continue
-        if name == _GLOO_THREADS and state == "R":
+        if name == _GLOO_THREADS and state in (b"R", b"D"):
             return True
     return False
 

@@ -70,8 +70,8 @@ class Work:
 class Drawn:
     """What a step draws: the most arms of one direction, and means over steps.
 
-    `share`, `union`: of the weights, those that a direction draws, and those that any draws; `groups`: of
-    noise, that the write of a drawn weight adds up.
+    `share`, `union`: of the weights, those that a direction draws, and those that are written; `groups`: of
+    noise, that the write of such a weight adds up. With a jacobian, once its window is full.
     """
 
     most_arms: int
@@ -214,6 +214,7 @@ def traffic(
     """`count`: all ranks. `outputs`: of the loss function, that ranks agree on."""
     sides = sum(map(len, signs_of(optimizer)))
     numbers, exchanges = _COUNTED + _DIGEST + (2 + 2 * outputs) * sides * optimizer.directions, 2
+    numbers += optimizer.jacobian.used
     if optimizer.trials:
         numbers, exchanges = numbers + _DIGEST, exchanges + 1
     if isinstance(optimizer.scale, LearnedScale):
@@ -272,14 +273,15 @@ def drawn_of(optimizer: ZeroOrder, steps: int = 8) -> Drawn:
     """From the draws of the first steps, before the sampler has learnt anything."""
     sizes = [arm.numel for arm in optimizer.arms]
     most, shares, unions, groups = 0, list[float](), list[float](), list[float]()
-    for step in range(steps):
-        draws = optimizer._draws(step, optimizer.directions)
-        terms = Counter(arm for draw in draws for arm in draw.arms)
+    window = max(1, optimizer.jacobian.window)
+    of_steps = [optimizer._draws(step, optimizer.directions) for step in range(window - 1 + steps)]
+    for last, draws in enumerate(of_steps[window - 1 :], start=window):
+        written = [Counter(arm for d in each for arm in d.arms) for each in of_steps[last - window : last]]
         most = max([most, *(len(draw.arms) for draw in draws)])
-        union = sum(sizes[arm] for arm in terms)
+        union = sum(sizes[arm] for arm in set().union(*written))
         unions.append(union / sum(sizes))
         shares += [sum(sizes[arm] for arm in draw.arms) / sum(sizes) for draw in draws]
-        groups.append(sum(-(-n // GROUP) * sizes[arm] for arm, n in terms.items()) / union)
+        groups.append(sum(-(-n // GROUP) * sizes[arm] for of in written for arm, n in of.items()) / union)
     return Drawn(most_arms=most, share=_mean(shares), union=_mean(unions), groups=_mean(groups))
 
 
@@ -305,7 +307,8 @@ def _update_peak(optimizer: ZeroOrder, spans: list[Span]) -> int:
     without_values(optimizer.noise, tracer)
     parts = optimizer.rule, optimizer.rounding, optimizer.noise
     write = Write(*parts, step=0, lr=1.0, steering=optimizer.steering)
-    terms = Terms([(d, 1.0) for d in range(optimizer.directions)], bends=[(0, 1.0)])
+    every = [(d, 1.0) for d in range(optimizer.directions)]
+    terms = Terms(every, bends=[(0, 1.0)], earlier=[(0, every)] if optimizer.jacobian.used else [])
     # Made anew and kept from write to write: it is needed by the first.
     optimizer.rounding._scratch.clear()
     with torch.no_grad(), tracer:

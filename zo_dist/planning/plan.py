@@ -180,8 +180,7 @@ def modes_of(
 def outputs_of(config: Config) -> int:
     """How many outputs of the loss function ranks agree on: what a jacobian asks of a task that has some."""
     composite = COMPOSITES.get(get_task(config.data.task).loss)
-    told = config.optimizer.jacobian is not None and config.train.objective == "loss"
-    return composite.width if composite is not None and told else 0
+    return composite.width if composite is not None and config.tells_outputs else 0
 
 
 class _Subject:
