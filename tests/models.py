@@ -137,13 +137,13 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor
     return causal_lm_loss(model, {"input_ids": batch["input_ids"]})
 
 
-def two_outputs(loss: Any) -> Any:
-    """A `Composite` of the losses of `loss`, l of each row: `l**2 / 4 + l / 4 - 1 / 8`, of two outputs."""
+def two_outputs(loss: Any, unit: float = 1.0) -> Any:
+    """Of the losses of `loss` times `unit`, l of a row: `l**2 / 4 + l / 4 - 1 / 8`, of two outputs."""
     from zo_dist import Composite
 
     def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         out = loss(model, batch)
-        losses = out[0] if isinstance(out, tuple) else out
+        losses = (out[0] if isinstance(out, tuple) else out) * unit
         return torch.stack([losses, 2.0 * losses - 1.0], dim=1)
 
     return Composite(outputs, lambda o, _: o[:, 0].square() / 4.0 + o[:, 1] / 8.0, width=2)  # type: ignore[arg-type]
