@@ -364,6 +364,18 @@ def test_a_step_that_is_skipped_has_no_place_in_the_window(pool: Callable[[int],
     assert (results[0][0], results[0][2]) == (1, [1, 2, 2, 3])
 
 
+@pytest.mark.parametrize("outputs", [False, True])
+def test_a_search_for_a_projection_has_no_place_in_the_window(outputs: bool) -> None:
+    loss = two_outputs(loss_of) if outputs else loss_of
+    optimizer, kept = make(projection="third"), []
+    for _ in range(10):
+        step(optimizer, 1, loss)
+        kept.append([one.step for one in optimizer.jacobian.kept])
+    # Three steps, two of a search, and so on; a cycle is of 16, a window of 4.
+    assert kept[2:9] == [[2, 1, 0], [2, 1, 0], [2, 1, 0], [5, 2, 1], [6, 5, 2], [7, 6, 5], [7, 6, 5]]
+    assert optimizer.skipped == 0
+
+
 # What is kept
 
 

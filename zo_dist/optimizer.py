@@ -267,7 +267,7 @@ class ZeroOrder(Losses):
             record = self._tried(self.trials, evaluate, draws, record)
         # Not before: a step whose loss raised an error has not been, and can be taken again.
         self.record, self.step_count = record, step + 1
-        if not (record.finite and self.jacobian.finite(record)):
+        if not (record.finite and (way is not self or self.jacobian.finite(record))):
             return self._skip(step, lr)
         self._finish(self.record, draws)
         return float(sums[..., 0].sum() / sums[..., 1].sum())
