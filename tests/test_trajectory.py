@@ -192,7 +192,7 @@ def test_a_weight_that_several_arms_have_is_stored_once(distinct: int, size: int
     for unit, expected in ((1.0, size), (2.0**-30, in_float32)):
         record = one_direction(arms, tuple(unit * (1 + arm % distinct) for arm in arms))
         data = record.pack(300)
-        assert len(data) == 34 + 13 + 38 + expected
+        assert len(data) == 35 + 13 + 38 + expected
         assert StepRecord.unpack(data, 300) == record
 
 
