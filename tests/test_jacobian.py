@@ -303,9 +303,9 @@ def test_another_loss_function_in_the_middle_is_refused() -> None:
         make_after(one_output()).step(lambda: torch.zeros(()))
 
 
-def make_after(loss: Any) -> zo_dist.ZeroOrder:
+def make_after(loss: Any, steps: int = 2) -> zo_dist.ZeroOrder:
     optimizer = make()
-    step(optimizer, 2, loss)
+    step(optimizer, steps, loss)
     return optimizer
 
 
@@ -367,13 +367,26 @@ def test_a_step_that_is_skipped_has_no_place_in_the_window(pool: Callable[[int],
 @pytest.mark.parametrize("outputs", [False, True])
 def test_a_search_for_a_projection_has_no_place_in_the_window(outputs: bool) -> None:
     loss = two_outputs(loss_of) if outputs else loss_of
-    optimizer, kept = make(projection="third"), []
+    optimizer, again, kept = make(projection="third"), make(projection="third"), []
     for _ in range(10):
         step(optimizer, 1, loss)
+        again.replay(optimizer.record)
         kept.append([one.step for one in optimizer.jacobian.kept])
     # Three steps, two of a search, and so on; a cycle is of 16, a window of 4.
     assert kept[2:9] == [[2, 1, 0], [2, 1, 0], [2, 1, 0], [5, 2, 1], [6, 5, 2], [7, 6, 5], [7, 6, 5]]
     assert optimizer.skipped == 0
+    assert digest(whole_weights(again)) == digest(whole_weights(optimizer))
+    assert repr(again.state_dict()) == repr(optimizer.state_dict())
+
+
+def test_a_log_of_another_loss_function_is_refused_before_anything_is_written() -> None:
+    optimizer = make()
+    step(optimizer, 2, two_outputs(loss_of))
+    before = digest(whole_weights(optimizer)), repr(optimizer.state_dict())
+    record = make_after(loss_of, 3).record
+    with pytest.raises(TrajectoryError, match=r"step 2 cannot follow: .* has 0 outputs, .* had 2"):
+        optimizer.replay(record)
+    assert (digest(whole_weights(optimizer)), repr(optimizer.state_dict())) == before
 
 
 # What is kept

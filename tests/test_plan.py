@@ -140,6 +140,20 @@ def test_states_by_hand(settings: str) -> None:
     assert memory.state + memory.lost == each * plan.facts["parameters"] // 2
 
 
+def test_a_window_is_written_whole() -> None:
+    """By hand: a weight of 2 bytes is read and written, with 8 bytes for each step's group of directions."""
+
+    def update(**options: Any) -> float:
+        seconds = mode_of(small(directions=2, **options), "fsdp2", "module").seconds
+        assert seconds is not None
+        return seconds.update
+
+    assert update(jacobian={"window": 3}) == pytest.approx(update() * (4 + 3 * 8) / (4 + 8))
+    # Each direction draws a quarter: two of one step .44 of the weights, six of three .82.
+    few = {"name": "uniform", "sparsity": 0.75}
+    assert 2 < update(jacobian={"window": 3}, sampler=few) / update(sampler=few) < 3
+
+
 def test_starting_weights_may_be_the_hosts() -> None:
     """Those of keys and values, of two ranks of one node; a search copies their shards."""
     keys_and_values = 2 * 2 * 6 * 256 * 1024

@@ -19,9 +19,9 @@ class Composite:
 
     `outputs` returns `[rows, width]` in any floating dtype, and calls the model; `loss` returns `[rows]`,
     differentiable by torch in the outputs, each row's in its own. Outputs are averaged over rows, so
-    column k should say the same of every row: of a right answer first, not of answer number k. Let them be
-    float32: what they change by along `eps` is lost in 16 bits. Without a window it is a loss function like
-    others.
+    column k should say the same of every row: how far the right answer leads, and not the score of answer
+    number k. They must be finite (a step with one that is not is skipped), and should be float32: what they
+    change by along `eps` is lost in 16 bits. Without a window it is a loss function like others.
 
     Raises ValueError if `width` is not 1 ... 255, and in a step for outputs or losses of other shapes, and
     losses that do not depend on outputs.

@@ -30,10 +30,10 @@ _FALL, _LAST_EPOCH = 10.0, 10
 class JacobianWindow:
     """Which earlier steps are written again: PseuZO (NeurIPS 2025). What it does is in `Jacobian`.
 
-    `window`: how many steps count, this one among them, at least 1, which is no other. `decay` in [0, 1]:
-    what a step counts less than the one after it, at first. `epoch`: after so many steps `decay` falls, to
-    `decay / (1 + 10 t)` in epoch t, and to 0 after epoch 10; None: it stays. `cycle`: after so many steps all
-    that begins anew, with an empty window; None: never.
+    `window`: how many steps count, this one among them, at least 1, which is this one alone. `decay` in
+    [0, 1]: how much a step counts, as a share of the one after it, at first. `epoch`: after so many steps
+    `decay` falls, to `decay / (1 + 10 t)` in epoch t, and to 0 after epoch 10; None: it stays. `cycle`: after
+    so many steps all that begins anew, with an empty window; None: never.
     """
 
     window: int = 14
@@ -76,11 +76,12 @@ class Jacobian(Part):
     """The window of a run.
 
     A step whose loss is l(o), of outputs o, writes with its own terms, for each of the `window - 1` steps
-    before it, at age a = 1, 2, ..., and for each of their directions z, in the arms that were drawn for it,
-    each weighed as it was then,
+    before it, at place a = 1, 2, ... among these, the newest first, and for each of their directions z, in
+    the arms that were drawn for it, each weighed as it was then,
 
-        decay**a <G, J z> z        G: the mean over rows of l's gradient by o, now
-                                   J z: the mean over rows of what o changed by along z, per length, then
+        decay**a share <G, J z> z     G: the mean over rows of l's gradient by o, now
+                                      J z: the mean over z's rows of what o changed by along it, per length
+                                      share: of the rows of its step, those that tested z
 
     With TwoSided G is the mean over both sides, which is that between them up to order eps**2; with OneSided
     it is taken at the weights. A loss function that is no `Composite` is its own output, so that G is 1:

@@ -68,8 +68,8 @@ class LowRankNoise(MatrixNoise):
     `1 / sqrt(rank)` nor, in the update, the 1 / rank of its paper, so that its `eps` is ours over
     `sqrt(rank)` and its paper's `lr` is ours. Directions of a step share the right side: what it writes is
     one product, of the sum of their left sides. Sides are not kept but drawn again wherever they are used; of
-    an orthonormal one `rank x rank` numbers are kept, which make Gaussians orthonormal. It has no more
-    columns than the matrix has rows (or, on the right, columns).
+    an orthonormal one `rank x rank` numbers are kept of the last two refreshes, which make Gaussians
+    orthonormal. It has no more columns than the matrix has rows (or, on the right, columns).
 
     Cost: a thin product, in float64 (see thin.py), of what is shifted or written; of orthonormal sides, when
     they are refreshed, the product of each with itself besides. A stacked forward shifts no copy of a linear

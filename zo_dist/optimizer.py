@@ -256,11 +256,10 @@ class ZeroOrder(Losses):
         slopes, *at_anchor = (way.estimator.slopes(of_point, way.eps) for of_point in losses)
         used = slopes.new_tensor(way.coefficients.of(slopes.tolist())) - sum(at_anchor)
         # Each direction's share of the rows (or tokens): the update is the mean over all rows.
-        shares = weights / weights.sum()
         coefs = used * weights / weights.sum()
         # Most estimators tell none.
         bends = zip(way.estimator.curvatures(losses[0], way.eps).tolist(), weights.tolist(), strict=False)
-        of_outputs = self.jacobian.of_outputs(sums, shares, way.estimator, way.eps)
+        of_outputs = self.jacobian.of_outputs(sums, weights / weights.sum(), way.estimator, way.eps)
         told = slopes.tolist(), coefs.tolist(), of_sides[:2], list(bends), *of_outputs
         record = StepRecord.of(step, lr, draws, *told)
         if self.trials and way is self and record.finite and lr:
@@ -348,7 +347,8 @@ class ZeroOrder(Losses):
         if self.skipped_in_a_row > self.max_skipped:
             raise NonFiniteLossError(
                 f"{self.skipped_in_a_row} steps in a row had a loss that is not finite, more than "
-                f"max_skipped={self.max_skipped}; lower lr or eps, or look for rows without a label. "
-                "The weights are those of the last step that was written"
+                f"max_skipped={self.max_skipped}; lower lr or eps, or look for rows without a label (with a "
+                "jacobian also for outputs that are no numbers). The weights are those of the last step that "
+                "was written"
             )
         return math.nan
