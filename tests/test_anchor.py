@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import table
 import torch
-from models import build, loss_of, rows_for
+from models import build, loss_of, rows_for, step
 from test_estimate import expect_mean, flat
 from tiny_run import write_config
 from torch import Tensor, nn
@@ -40,12 +40,6 @@ def run(steps: int = 0, **options: Any) -> zo_dist.ZeroOrder:
     optimizer = table.optimizer(build("sequential", dtype), **{**settings, **options})
     step(optimizer, steps)
     return optimizer
-
-
-def step(optimizer: zo_dist.ZeroOrder, steps: int = 1, loss: Any = loss_of) -> None:
-    for _ in range(steps):
-        dtype = optimizer.params[0].param.dtype
-        optimizer.step_batch(rows_for("sequential", 6, seed=optimizer.step_count, dtype=dtype), loss)
 
 
 # What is estimated

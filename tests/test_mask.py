@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import table
 import torch
-from models import build, loss_of, losses_by_mode, rows_for
+from models import build, loss_of, losses_by_mode, rows_for, step
 from torch import Tensor, nn
 from torch.func import functional_call
 from workers import HAVE_DEEPSPEED, Pool, digest, needs_deepspeed, runs_in, whole_weights, wrap
@@ -37,13 +37,6 @@ def run(steps: int = 6, **options: Any) -> zo_dist.ZeroOrder:
     optimizer = table.optimizer(build("sequential", options.pop("dtype", torch.float32)), **options)
     step(optimizer, steps)
     return optimizer
-
-
-def step(optimizer: zo_dist.ZeroOrder, steps: int = 1, loss: Any = loss_of) -> None:
-    dtype = optimizer.params[0].param.dtype
-    for _ in range(steps):
-        rows = rows_for("sequential", 6, seed=optimizer.step_count, dtype=dtype)
-        optimizer.step_batch(rows, loss)
 
 
 def weights_of(optimizer: zo_dist.ZeroOrder) -> dict[str, Tensor]:

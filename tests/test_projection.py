@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import table
 import torch
-from models import build, loss_of, rows_for
+from models import build, loss_of, rows_for, step
 from test_anchor import coarse_loss
 from tiny_run import write_config
 from torch import Tensor, nn
@@ -31,12 +31,6 @@ ROOT = Path(__file__).parent.parent
 def make(engine: str = "replicated", dtype: torch.dtype = torch.float32, **options: Any) -> zo_dist.ZeroOrder:
     settings = {"lr": LR, "eps": EPS, "seed": SEED, "self_check": False, "projection": "third"}
     return table.optimizer(wrap(engine, build("sequential", dtype)), **{**settings, **options})
-
-
-def step(optimizer: zo_dist.ZeroOrder, steps: int = 1, loss: Any = loss_of) -> None:
-    for _ in range(steps):
-        dtype = optimizer.params[0].param.dtype
-        optimizer.step_batch(rows_for("sequential", 6, seed=optimizer.step_count, dtype=dtype), loss)
 
 
 def bits(optimizer: zo_dist.ZeroOrder) -> str:

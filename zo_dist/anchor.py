@@ -180,9 +180,7 @@ class Anchored(Part):
     def state_dict(self) -> dict[str, Any]:
         if not self.every:
             return {}
-        arms, weights = ([list(of) for of in kept] for kept in (self.record.arms, self.record.weights))
-        kept = {"step": self.record.step, "coefs": list(self.record.coefs), "arms": arms, "weights": weights}
-        return kept | {"factors": dict(self._factors)}
+        return self.record.state | {"factors": dict(self._factors)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if set(state) != set(self.state_dict()):
@@ -191,7 +189,5 @@ class Anchored(Part):
                 f"{sorted(self.state_dict()) or 'nothing'}: it is of a run with another anchor"
             )
         if state:
-            arms, weights = (tuple(tuple(of) for of in state[key]) for key in ("arms", "weights"))
-            coefs = tuple(state["coefs"])
-            self.record = StepRecord(state["step"], 0.0, arms=arms, coefs=coefs, weights=weights)
+            self.record = StepRecord.of_state(state)
             self._factors = dict(state["factors"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,18 +54,24 @@ class JacobianWindow:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What is kept of a step: its draws, and by direction what outputs changed by, as in `StepRecord`.
+    """A step in the window. `factors`: what its noise was multiplied by, of each parameter (1 if absent)."""
 
-    Of a loss that is its own output these are the coefficients, and `width` is 0. `factors`: what its noise
-    was multiplied by, of each parameter, where it was not 1.
-    """
-
-    step: int
-    width: int
-    arms: tuple[tuple[int, ...], ...]
-    weights: tuple[tuple[float, ...], ...]
-    changes: tuple[tuple[float, ...], ...]
+    record: StepRecord
     factors: Mapping[str, float]
+
+    @property
+    def step(self) -> int:
+        return self.record.step
+
+    @property
+    def width(self) -> int:
+        """Of its loss function; 0 of one that is its own output."""
+        return len(self.record.changes[0]) if self.record.changes else 0
+
+    @property
+    def changes(self) -> Sequence[tuple[float, ...]]:
+        """By direction; of a loss that is its own output the coefficients."""
+        return self.record.changes or [(coef,) for coef in self.record.coefs]
 
 
 # Of an earlier step, what is written in each arm that it drew: `(direction, scale)`.
@@ -200,13 +206,11 @@ class Jacobian(Part):
             if not times:
                 break
             gradient = record.gradient or (1.0,)
-            terms: dict[int, list[tuple[int, float]]] = {}
-            for direction, changes in enumerate(kept.changes):
-                slope = times * math.fsum(g * c for g, c in zip(gradient, changes, strict=True))
-                scales = torch.tensor([slope * w for w in kept.weights[direction]], dtype=torch.float32)
-                for arm, scale in zip(kept.arms[direction], scales.tolist(), strict=True):
-                    terms.setdefault(arm, []).append((direction, scale))
-            found.append((kept, terms))
+            slopes = [
+                times * math.fsum(g * c for g, c in zip(gradient, changes, strict=True))
+                for changes in kept.changes
+            ]
+            found.append((kept, replace(kept.record, coefs=tuple(slopes)).terms))
         return found
 
     def finite(self, record: StepRecord) -> bool:
@@ -228,10 +232,8 @@ class Jacobian(Part):
         """Take a step into the window."""
         if not self.used:
             return
-        changes = record.changes or tuple((coef,) for coef in record.coefs)
-        told = record.step, len(record.gradient), record.arms, record.weights, changes, dict(factors)
-        kept = [Kept(*told), *self._before(record.step)] if self.share(record.step) else []
-        self.kept = kept[: self.window - 1]
+        new = Kept(record, dict(factors))
+        self.kept = [new, *self._before(record.step)][: self.window - 1] if self.share(record.step) else []
 
     def _before(self, step: int) -> list[Kept]:
         """Those in the window of a step: of the same cycle."""
@@ -239,12 +241,8 @@ class Jacobian(Part):
         return [kept for kept in self.kept if kept.step // cycle == step // cycle][: self.window - 1]
 
     def state_dict(self) -> dict[str, Any]:
-        fields = ("step", "width", "arms", "weights", "changes", "factors")
-        return (
-            {"kept": [{f: _lists(getattr(kept, f)) for f in fields} for kept in self.kept]}
-            if self.used
-            else {}
-        )
+        kept = [{**one.record.state, "factors": dict(one.factors)} for one in self.kept]
+        return {"kept": kept} if self.used else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if set(state) != set(self.state_dict()):
@@ -252,22 +250,4 @@ class Jacobian(Part):
                 f"the saved state of the jacobian holds {sorted(state) or 'nothing'}, this one's "
                 f"{sorted(self.state_dict()) or 'nothing'}: it is of a run with another jacobian"
             )
-        self.kept = [
-            Kept(
-                one["step"],
-                one["width"],
-                _tuples(one["arms"]),
-                _tuples(one["weights"]),
-                _tuples(one["changes"]),
-                dict(one["factors"]),
-            )
-            for one in state.get("kept", ())
-        ]
-
-
-def _lists(value: Any) -> Any:
-    return [list(of) for of in value] if isinstance(value, tuple) else value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(tuple(of) for of in value)
+        self.kept = [Kept(StepRecord.of_state(one), dict(one["factors"])) for one in state.get("kept", ())]

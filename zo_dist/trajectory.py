@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -108,6 +108,23 @@ class StepRecord:
             for arm, scale in zip(arms, scales, strict=True):
                 terms.setdefault(arm, []).append((direction, scale))
         return terms
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What its terms are made of, for JSON; `of_state` has them again."""
+        nested = {"arms": self.arms, "weights": self.weights}
+        nested |= {"changes": self.changes} if self.changes else {}
+        kept = {key: [list(of) for of in of_directions] for key, of_directions in nested.items()}
+        return {"step": self.step, "coefs": list(self.coefs), **kept}
+
+    @staticmethod
+    def of_state(state: Mapping[str, Any]) -> StepRecord:
+        """A record of these terms alone."""
+        arms, weights, changes = (
+            tuple(tuple(of) for of in state.get(key, ())) for key in ("arms", "weights", "changes")
+        )
+        coefs = tuple(state["coefs"])
+        return StepRecord(state["step"], 0.0, arms=arms, coefs=coefs, weights=weights, changes=changes)
 
     def pack(self, num_arms: int) -> bytes:
         """The record as bytes; `num_arms` is that of the run."""
